@@ -1,0 +1,323 @@
+"""shoal trains many small sequence models at once, every seed and setting side by side in one program,
+and tells you, with statistics, what they learned.
+
+  shoal list                                        the studies: their questions and presets
+  shoal run grokking --seeds 8                      train what a study wants, check its claims, write its report
+  shoal run grokking --fields                       every field of the study and its value
+  shoal train gpt.yaml --optimizer.lr 3e-3          train one run that a file describes
+  shoal generate runs/sanity --prompt "I love"      text from a trained run
+  shoal report runs/grokking                        write a study's report again
+  shoal data modular --p 97 --out table.tsv         a task's data as a table
+
+`shoal COMMAND --help` tells the options of a command.
+
+Files     A study goes to runs/STUDY (runs/STUDY-PRESET if the preset is not the default) or to --out DIR:
+          report.html, report.md, results.json, claims.json, figures/, fleets/. The same command resumes
+          what was interrupted or has finished; a changed config is refused there.
+Runs      RUN is DIR or DIR:ID. Without an ID it is the best run by the study's main metric, which is
+          named on standard error.
+Settings  Any field is set by its dotted path: --run.optimizer.lr 3e-3, or with =. --run.optimizer.type muon
+          changes the kind. --grid.optimizer.lr 1e-3,1e-2 trains every combination. Values are YAML:
+          --run.evaluate "[train, val]"; a flag alone means true. In `train` and `data` paths start at
+          the run and at the task: --optimizer.lr 3e-3, --p 113.
+Output    Results go to standard output, progress and notes to standard error. Exit code 2: change what
+          was asked, one line says how. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import io
+import math
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from shoal.config import ModularConfig, RunConfig, StudyConfig, fields_per_run, flatten
+from shoal.config.fields import ConfigError, check
+from shoal.config.load import load_run, nearest, override, parse_overrides
+
+MAX_RUNS = 2000  # more have to be confirmed with --yes
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class List:
+    """The studies: what each asks, and its presets. Example: shoal list"""
+
+    target: ClassVar = None
+
+    def __call__(self) -> None:
+        from shoal.studies import STUDIES
+
+        width = max(map(len, STUDIES))
+        for name, module in STUDIES.items():
+            question, presets = _summary(module)
+            print(f"{name:{width}}  {question}\n{'':{width}}  presets: {', '.join(presets)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Train what a study wants, check its claims, write its report. The same command resumes it.
+
+    Any field can be changed, --run.optimizer.lr 3e-3, or varied, --grid.optimizer.lr 1e-3,1e-2; `shoal run STUDY --fields` lists them.
+
+    Example: shoal run grokking --seeds 8
+    """
+
+    target: ClassVar = StudyConfig
+    study: Annotated[Positional[str], arg(metavar="STUDY")]  # a name from `shoal list`
+    preset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: by device)")] = None  # one of the study's presets
+    seeds: Annotated[str | None, arg(metavar="N", help_behavior_hint="(default: the preset's)")] = None  # how many seeds
+    device: Device = "auto"  # where to train
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/STUDY)")] = None  # directory for the results
+    fields: FlagCreatePairsOff[bool] = False  # print the fields of the preset and train nothing
+    yes: FlagCreatePairsOff[bool] = False  # allow more than 2,000 runs
+    max_runs_per_fleet: Annotated[int, arg(metavar="N")] = 0  # runs trained side by side at most; 0 = as many as memory allows
+    compile: Literal["auto", "on", "off"] = "auto"  # compile the training step
+
+    def __call__(self, overrides: Mapping[str, Any], command: str) -> None:
+        from shoal.studies import STUDIES
+
+        check(self.max_runs_per_fleet >= 0, "--max-runs-per-fleet", f"must be 0 (as memory allows) or more, not {self.max_runs_per_fleet}")
+        module = importlib.import_module(_pick(self.study, STUDIES, "study", "studies"))
+        default = module.DEFAULT[_has_gpu(self.device)]
+        preset = self.preset or default
+        seeds = parse_overrides([f"--seeds={self.seeds}"]) if self.seeds else {}
+        config: StudyConfig = override(_pick(preset, module.PRESETS, f"preset of {self.study}", "presets")(), {**overrides, **seeds})
+        if self.fields:
+            return _print_fields(config)
+        many = f"{config.num_runs:,} runs ({config.seeds} seeds of every combination of {', '.join(config.grid) or 'one config'})"
+        check(config.num_runs <= MAX_RUNS or self.yes, "grid", f"{many}; more than {MAX_RUNS:,} need --yes")
+        out = self.out or Path("runs", self.study if preset == default else f"{self.study}-{preset}")
+        limits = {"max_runs_per_fleet": self.max_runs_per_fleet or None, "compile": self.compile}
+        _finish(_driver().run(module.study(config), out, device=self.device, preset=preset, command=command, **limits))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train one run that a YAML file describes. Any field can be changed: --optimizer.lr 3e-3.
+
+    Example: shoal train gpt.yaml --steps 2000
+    """
+
+    target: ClassVar = RunConfig
+    config: Annotated[Positional[Path], arg(metavar="CONFIG.yaml")]  # fields of a run; what is not there has its default
+    device: Device = "auto"  # where to train
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/CONFIG)")] = None  # directory for the results
+
+    def __call__(self, overrides: Mapping[str, Any], command: str) -> None:
+        run = load_run(self.config, overrides)
+        _has_gpu(self.device)
+        _finish(_driver().train(run, self.out or Path("runs", self.config.stem), device=self.device, command=command))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue a text with a trained run.
+
+    Example: shoal generate runs/sanity --prompt "I love"
+    """
+
+    target: ClassVar = None
+    run: Annotated[Positional[str], arg(metavar="RUN")]  # DIR or DIR:ID
+    prompt: Annotated[str, arg(metavar="TEXT")]  # what the model reads first; may be empty for a model of texts
+    tokens: Annotated[int, arg(metavar="N")] = 100  # the longest continuation, in tokens
+    temperature: Annotated[float, arg(metavar="T")] = 0.0  # 0 = always the likeliest token
+    seed: Annotated[int, arg(metavar="N")] = 0  # of the draws, at a temperature above 0
+
+    def __call__(self) -> None:
+        check(self.tokens >= 1, "--tokens", f"must be 1 or more, not {self.tokens}")
+        check(0 <= self.temperature < math.inf, "--temperature", f"must be 0 (the likeliest token) or more, not {self.temperature}")
+        check(0 <= self.seed < 2**31, "--seed", f"is a whole number from 0 to 2**31 - 1, not {self.seed}")
+        run = _driver().load(self.run)
+        from shoal.inference import generate
+
+        try:
+            print(generate(run, self.prompt, max_tokens=self.tokens, temperature=self.temperature, seed=self.seed))
+        except ConfigError:
+            raise
+        except ValueError as error:  # characters the model does not know
+            raise ConfigError("--prompt", str(error)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write a study's report, figures and claims again from its stored results.
+
+    Example: shoal report runs/grokking
+    """
+
+    target: ClassVar = None
+    directory: Annotated[Positional[Path], arg(metavar="DIR")]  # where the study was written
+
+    def __call__(self) -> None:
+        print(_driver().report(self.directory))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Write a task's data as a table, and print its counts and the split's hash. Any field of the task can be set: --p 113 --train-fraction 0.3.
+
+    Example: shoal data modular --p 97 --operation div --out table.tsv
+    """
+
+    target: ClassVar = ModularConfig
+    task: Annotated[Positional[Literal["modular"]], arg(metavar="modular")]  # a op b = c modulo p
+    out: Annotated[Path, arg(metavar="FILE.tsv")]  # columns a, op, b, result, split
+    seed: Annotated[int, arg(metavar="N")] = 0  # of the split
+
+    def __call__(self, overrides: Mapping[str, Any], command: str) -> None:
+        check(0 <= self.seed < 2**31, "--seed", f"is a whole number from 0 to 2**31 - 1, not {self.seed}")
+        config = override(ModularConfig(), overrides)
+        check(not self.out.is_dir(), "--out", f"{self.out} is a directory; name a file in it")
+        check(self.out.parent.is_dir(), "--out", f"there is no directory {self.out.parent}")
+        from shoal.tasks.modular import export
+
+        for name, value in export(config, self.seed, self.out).items():
+            print(f"{name}: {value}")
+
+
+COMMANDS: dict[str, Any] = {"list": List, "run": Run, "train": Train, "generate": Generate, "report": Report, "data": Data}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 2 for what the user must change (one message on standard error), 130 when interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"shoal: note: {message}", file=sys.stderr)
+        try:
+            _dispatch(args)
+            sys.stdout.flush()
+        except ConfigError as error:
+            return _stop(str(error), 2)
+        except BrokenPipeError:  # `shoal list | head`: nobody reads on, which is no error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            return _stop(": ".join(str(part) for part in (error.filename, error.strerror or error) if part), 2)
+        except KeyboardInterrupt:
+            return _stop("stopped; the same command resumes", 130)
+    return 0
+
+
+def _dispatch(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help", "help"):
+        return print(__doc__)
+    if args[0] == "--version":
+        return print("shoal", importlib.metadata.version("shoal"))
+    command = _pick(args[0], COMMANDS, "command", "commands")
+    ours, theirs = _split(args[1:], command)
+    parsed = _parse(command, args[0], ours)
+    if command.target is None:
+        parsed()
+    else:
+        parsed(parse_overrides(theirs), shlex.join(["shoal", *args]))
+
+
+def _split(args: list[str], command: Any) -> tuple[list[str], list[str]]:
+    """The command's own arguments, and all the other ``--a.b value`` for a command that has a ``target`` to override."""
+    options = {f.name: "bool" not in str(f.type) for f in fields(command)} | {"help": False}  # name -> takes a value
+    settings = [f.name for f in fields(command.target)] if command.target else []
+    ours: list[str] = []
+    theirs: list[str] = []
+    while args:
+        head, *args = args
+        flag, equals, _ = head.partition("=")
+        name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
+        near = nearest(name, [*options, *settings])
+        unknown = name and name not in options and name not in settings
+        if unknown and (command.target is None or ("." not in name and near.startswith("did you mean"))):
+            raise ConfigError(flag, f"unknown option; {near}")
+        takes_value = bool(name and not equals and args and not args[0].startswith("--") and options.get(name, True))
+        (ours if not name or name in options else theirs).extend([head, *args[:takes_value]])
+        args = args[takes_value:]
+    return ours, theirs
+
+
+def _parse(command: Any, name: str, args: list[str]) -> Callable[..., None]:
+    """tyro's parser; its error box becomes one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(command, prog=f"shoal {name}", args=args, use_underscores=False)
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        lines = [line.strip("│ ") for line in box.getvalue().splitlines()]
+        text = " ".join(line for line in lines[1 : next((i for i, line in enumerate(lines) if line.startswith("───") or "Got errors" in line), None)] if line)
+        raise ConfigError("", f"{text.rstrip('.')}; see shoal {name} --help") from None
+
+
+def _pick(name: str, known: Mapping[str, Any], kind: str, kinds: str) -> Any:
+    check(name in known, "", f"unknown {kind} {name!r}; {nearest(name, known)}" if name not in known else "")
+    return known[name]
+
+
+def _summary(module: str) -> tuple[str, list[str]]:
+    """Question and presets of a study, read from its source: importing it would import torch."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    presets: Iterable[str] = ()
+    for node in tree.body:
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+        if isinstance(target, ast.Name) and target.id == "PRESETS" and isinstance(node.value, ast.Dict):  # type: ignore[union-attr]
+            presets = [key.value for key in node.value.keys if isinstance(key, ast.Constant)]  # type: ignore[union-attr]
+    return (ast.get_docstring(tree) or "").partition("\n")[0], list(presets)
+
+
+def _print_fields(config: StudyConfig) -> None:
+    per_run = set(fields_per_run(config))
+    flat = flatten(config)
+    width = max(map(len, flat))
+    for path, value in flat.items():
+        kind = "per run" if path in per_run else "structural"
+        print(f"{path:{width}}  {kind:10}  {value}")
+
+
+def _has_gpu(device: Device) -> bool:
+    if device == "cpu":
+        return False
+    import torch
+
+    found = torch.cuda.is_available()
+    check(found or device == "auto", "--device", '"cuda" is not available here; use --device cpu')
+    return found
+
+
+def _driver() -> ModuleType:
+    return importlib.import_module("shoal.studies.driver")
+
+
+def _finish(result: Any) -> None:
+    """A line for each claim, then the report's path."""
+    for claim in result.claims:
+        low, high = claim["interval"] or (None, None)
+        print(f"{claim['verdict']:9}  {claim['claim']}: {_number(claim['value'])} [{_number(low)}, {_number(high)}], n = {claim['n']}")
+    print(result.report)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _stop(message: str, code: int) -> int:
+    print("shoal:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

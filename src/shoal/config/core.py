@@ -1,0 +1,163 @@
+"""RunConfig and StudyConfig, and the few functions on configs everything uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from shoal.config.fields import PER_RUN, ConfigError, PerRun, check
+from shoal.config.models import DecoderConfig, ModelConfig
+from shoal.config.optimizers import AdamW, OptimizerConfig
+from shoal.config.tasks import ModularConfig, TaskConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeds:
+    """Three separate seeds, so that what varies can be chosen."""
+
+    split: PerRun[int] = 0  # which rows are trained on
+    init: PerRun[int] = 0
+    order: PerRun[int] = 0  # order of data, and dropout
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check(0 <= value < 2**31, name, f"a seed is a whole number from 0 to 2**31 - 1, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate as a multiple of its peak, over progress = step / steps in [0, 1]."""
+
+    kind: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: PerRun[float] = 0.0  # share of the run that rises linearly from 0
+    floor: PerRun[float] = 0.0  # what cosine and linear end at
+    end: PerRun[float] = 1.0  # progress at which cosine and linear have reached the floor
+
+    def __post_init__(self) -> None:
+        check(0 <= self.warmup < 1, "warmup", f"is a share of the run in [0, 1), not {self.warmup}")
+        check(self.warmup < self.end <= 1, "end", "must lie after the warm-up and at most at 1")
+        check(0 <= self.floor <= 1, "floor", "is a share of the peak in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    task: TaskConfig = field(default_factory=ModularConfig)
+    model: ModelConfig = field(default_factory=DecoderConfig)
+    objective: Literal["cross_entropy"] = "cross_entropy"
+    optimizer: OptimizerConfig = field(default_factory=AdamW)
+    schedule: Schedule = field(default_factory=Schedule)
+    seeds: Seeds = field(default_factory=Seeds)
+    steps: PerRun[int] = 1000
+    batch_size: int = 512  # 0 = the whole training table
+    accumulate: int = 1  # pieces a batch is worked through in; the result is that of the whole batch
+    clip: PerRun[float] = 0.0  # largest gradient norm of a run; 0 = none
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the matrix products; parameters, loss and optimizer are always float32
+    log_every: int = 50  # steps between rows of training metrics (loss, gradient norm)
+    evaluate_every: int = 50  # steps between evaluations of whole splits
+    evaluate: tuple[str, ...] = ("train", "val")
+    stop_metric: str | None = None  # a run is finished once this evaluation metric ...
+    stop_at: PerRun[float] = 0.99  # ... has reached this value ("loss" metrics: fallen to it) ...
+    stop_evaluations: int = 5  # ... at so many evaluations in a row
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "log_every", "evaluate_every", "stop_evaluations"):
+            check(getattr(self, name) >= 1, name, f"must be 1 or more, not {getattr(self, name)}")
+        check(self.batch_size >= 0, "batch_size", "must be 0 (the whole training table) or more")
+        check(self.batch_size % self.accumulate == 0, "accumulate", f"{self.accumulate} pieces do not divide the batch of {self.batch_size}")
+        check(self.clip >= 0, "clip", "must be 0 (none) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """The fields of a study: a run, what is varied, how many seeds."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    grid: dict[str, list[Any]] = field(default_factory=dict)  # dotted path in the run -> values; all combinations
+    seeds: int = 3  # seeds 0 .. seeds-1, each sets split, init and order
+    first_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.seeds >= 1, "seeds", f"at least 1 seed is needed, not {self.seeds}")
+        for path, values in self.grid.items():
+            check(len(values) > 0, f"grid.{path}", "the list of values is empty; give at least one or remove the line")
+            check(len({json.dumps(v, sort_keys=True) for v in values}) == len(values), f"grid.{path}", "a value is listed twice")
+
+    @property
+    def num_runs(self) -> int:
+        product = self.seeds
+        for values in self.grid.values():
+            product *= len(values)
+        return product
+
+    def runs(self) -> list[RunConfig]:
+        """Every combination of the grid, every seed; seeds vary fastest."""
+        cells = itertools.product(*([(path, value) for value in values] for path, values in self.grid.items()))
+        return [with_seed(with_values(self.run, dict(cell)), self.first_seed + s) for cell in cells for s in range(self.seeds)]
+
+
+def with_seed(run: RunConfig, seed: int) -> RunConfig:
+    """The run with split, init and order seed all set to ``seed``."""
+    return dataclasses.replace(run, seeds=Seeds(split=seed, init=seed, order=seed))
+
+
+def with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """A copy with dotted paths replaced: ``with_values(run, {"optimizer.lr": 1e-2})``. Lists become tuples where the field is one."""
+    for path, value in values.items():
+        config = _replace(config, path.split("."), value, path)
+    return config
+
+
+def _replace(config: Any, parts: Sequence[str], value: Any, path: str) -> Any:
+    head, *rest = parts
+    if not dataclasses.is_dataclass(config) or head not in {f.name for f in dataclasses.fields(config)}:
+        known = [f.name for f in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []
+        raise ConfigError(path, f"there is no field {head!r}; known here: {', '.join(known) or 'none'}")
+    old = getattr(config, head)
+    if rest:
+        value = _replace(old, rest, value, path)
+    elif isinstance(old, tuple) and isinstance(value, list):
+        value = tuple(value)
+    elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    return dataclasses.replace(config, **{head: value})
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> value, in order. A nested config's class is under ``<path>.type`` in lower case ("modular", "adamw")."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value, path = getattr(config, f.name), f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            if path in ("task", "model", "optimizer", "run.task", "run.model", "run.optimizer"):
+                flat[f"{path}.type"] = type_name(type(value))
+            flat |= flatten(value, f"{path}.")
+        else:
+            flat[path] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def type_name(cls: type) -> str:
+    """The name a config class has in YAML: ModularConfig -> "modular", EmbeddingMLPConfig -> "embedding_mlp", AdamW -> "adamw"."""
+    name = cls.__name__.removesuffix("Config")
+    return {"EmbeddingMLP": "embedding_mlp"}.get(name, name.lower())
+
+
+def fields_per_run(config: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted paths of the PerRun fields of a config."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields_per_run(value, f"{prefix}{f.name}.")
+        elif PER_RUN in getattr(hints[f.name], "__metadata__", ()) or any(PER_RUN in getattr(a, "__metadata__", ()) for a in get_args(hints[f.name])):
+            yield f"{prefix}{f.name}"
+
+
+def run_id(run: RunConfig) -> str:
+    """12 hexadecimal digits: the hash of the full resolved config."""
+    return hashlib.sha256(json.dumps(flatten(run), sort_keys=True).encode()).hexdigest()[:12]

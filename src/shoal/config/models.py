@@ -1,0 +1,59 @@
+"""The configs of the models; what each does is in ``shoal/models/<name>.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shoal.config.fields import PerRun, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Embedding, blocks of a mixer and (optionally) a feed-forward, head."""
+
+    width: int = 128
+    num_layers: int = 2
+    mixers: tuple[Literal["attention"], ...] = ("attention",)  # repeated in turn up to num_layers
+    num_heads: int = 4
+    feed_forward: int = 512  # its width; 0 = none
+    activation: Literal["relu", "gelu", "silu", "relu2"] = "relu"
+    norm: Literal["layer", "rms", "none"] = "layer"
+    norm_place: Literal["pre", "post"] = "pre"
+    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+    bias: bool = True  # in the linear layers
+    tied: bool = False  # the head is the embedding, transposed
+    dropout: PerRun[float] = 0.0
+    embedding_std: PerRun[float] = 0.02
+    linear_init: Literal["normal", "uniform"] = "normal"  # normal: N(0, init_std); uniform: U(-1, 1) / sqrt(inputs), torch's default
+    init_std: PerRun[float] = 0.02
+    init_scale: PerRun[float] = 1.0  # multiplies every matrix but the embeddings at initialisation
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_layers", "num_heads"):
+            check(getattr(self, name) >= 1, name, f"must be 1 or more, not {getattr(self, name)}")
+        check(self.feed_forward >= 0, "feed_forward", "must be 0 (none) or more")
+        check(len(self.mixers) > 0, "mixers", 'name at least one, for example ["attention"]')
+        heads = [h for h in range(1, self.width + 1) if self.width % h == 0]
+        check(self.width % self.num_heads == 0, "num_heads", f"{self.num_heads} heads do not divide the width {self.width}; possible: {', '.join(map(str, heads))}")
+        check(self.positions != "rotary" or self.width // self.num_heads % 2 == 0, "positions", f"rotary positions need an even head width, not {self.width // self.num_heads}")
+        check(0 <= self.dropout < 1, "dropout", "must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingMLPConfig:
+    """Embeddings of all tokens side by side, then ReLU layers: the fastest network known to generalise on modular tables."""
+
+    num_inputs: int = 2  # how many of the first tokens it reads: 2 for "a b =", 3 for "a op b ="
+    embedding: int = 100
+    hidden: tuple[int, ...] = (200, 200)
+    embedding_std: PerRun[float] = 1.0
+    init_scale: PerRun[float] = 1.0
+
+    def __post_init__(self) -> None:
+        check(self.embedding >= 1, "embedding", "must be 1 or more")
+        check(self.num_inputs >= 1, "num_inputs", "must be 1 or more")
+        check(all(h >= 1 for h in self.hidden), "hidden", "widths must be 1 or more")
+
+
+ModelConfig = DecoderConfig | EmbeddingMLPConfig

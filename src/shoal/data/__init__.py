@@ -1,0 +1,8 @@
+"""Where text comes from and how it becomes token ids: tokenizers. What is scored, and how it is split, is a task's affair.
+
+CharacterTokenizer("hello").encode("hell")
+"""
+
+from shoal.data.tokenizers import CharacterTokenizer, WordTokenizer
+
+__all__ = ["CharacterTokenizer", "WordTokenizer"]

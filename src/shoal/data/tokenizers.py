@@ -1,0 +1,56 @@
+"""Text to token ids and back, for the closed vocabularies of the small tasks: characters, or words between spaces.
+
+Special tokens (begin, end) have ids but no spelling: no text encodes to them and decoding leaves them out. Subword tokenizers are not here.
+
+CharacterTokenizer("hello", special=("<s>", "</s>")).encode("hole")   # [1, 3, 2, 0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from shoal.config.fields import check
+
+
+class CharacterTokenizer:
+    """One token per character. Ids: the distinct characters in sorted order, then ``special``, whose ids are in ``self.special``."""
+
+    def __init__(self, characters: Iterable[str], special: Sequence[str] = ()) -> None:
+        self.characters = "".join(sorted(set(characters)))
+        self.ids = {character: i for i, character in enumerate(self.characters)}
+        self.special = {name: len(self.ids) + i for i, name in enumerate(special)}
+        self.vocab_size = len(self.ids) + len(self.special)
+
+    def encode(self, text: str) -> list[int]:
+        """ConfigError ("prompt") for a character that is not in the vocabulary."""
+        return _look_up(text, self.ids, "character")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(self.characters[token] for token in tokens if token < len(self.characters))
+
+
+class WordTokenizer:
+    """One token per word of a text split at white space. Ids: the distinct words in the order given."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self.words = tuple(dict.fromkeys(words))
+        self.ids = {word: i for i, word in enumerate(self.words)}
+        self.vocab_size = len(self.words)
+
+    def encode(self, text: str) -> list[int]:
+        """ConfigError ("prompt") for a word that is not in the vocabulary."""
+        return _look_up(text.split(), self.ids, "word")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join(self.words[token] for token in tokens)
+
+
+def _look_up(pieces: Sequence[str], ids: Mapping[str, int], kind: str) -> list[int]:
+    unknown = [repr(piece) for piece in dict.fromkeys(pieces) if piece not in ids]
+    check(not unknown, "prompt", f"unknown {kind} {_shortened(unknown)}; known: {_shortened(list(map(repr, ids) if kind == 'character' else ids))}")
+    return [ids[piece] for piece in pieces]
+
+
+def _shortened(names: Sequence[str]) -> str:
+    """All names, or the first and last few of more than forty."""
+    return ", ".join(names if len(names) <= 40 else [*names[:5], "...", *names[-5:]])

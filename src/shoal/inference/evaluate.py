@@ -1,0 +1,42 @@
+"""A trained run on the splits of its own task."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shoal.config import fields_per_run
+from shoal.contracts import Batch, Tables
+from shoal.train.objectives import OBJECTIVES, add, means
+from shoal.train.run import Run
+
+ROWS = 4096  # of one piece
+
+
+def tables_of(run: Run) -> Tables:
+    """The run's own data, as in its fleet."""
+    per_run = {path: [getattr(run.config.task, path)] for path in fields_per_run(run.config.task)}
+    return run.task.setup({**per_run, "split_seed": [run.config.seeds.split]}, "cpu")
+
+
+def batches(run: Run, split: str) -> list[Batch]:
+    """The whole split without a run axis."""
+    return [Batch(*(x[0] if isinstance(x, Tensor) else x for x in batch)) for batch in run.task.evaluation(tables_of(run), split, ROWS)]
+
+
+@torch.inference_mode()
+def evaluate(run: Run, split: str) -> dict[str, float]:
+    """Metric -> value over the whole split: loss (nats), accuracy, exact."""
+    total = None
+    for batch in batches(run, split):
+        sums = OBJECTIVES[run.config.objective](run.model, batch, None)
+        total = sums if total is None else add(total, sums)
+    assert total is not None
+    return {name: value.item() for name, value in means(total).items()}
+
+
+@torch.inference_mode()
+def next_token_probabilities(run: Run, batch: Batch) -> Tensor:
+    """float32 [B, T, V]: the model's distribution of the token after each position."""
+    hidden, _ = run.model(batch.tokens)
+    return run.model.logits(hidden).float().softmax(-1)

@@ -1,0 +1,154 @@
+"""Decoder: embedding, blocks of a mixer and optionally a feed-forward, head (Vaswani et al. 2017; Radford et al. 2019 with norm_place "pre").
+
+Mixers are named in the config and built from ``shoal.mixers``. The last block and the head run only at the positions a batch scores,
+which is exact and often half of the work.
+
+    model = Decoder(DecoderConfig(width=64), vocab_size=99, max_length=8, lead=(4,))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shoal import mixers
+from shoal.config.models import DecoderConfig
+from shoal.contracts import Context
+from shoal.nn import Constant, Embedding, LayerNorm, Linear, Normal, RMSNorm, Uniform, dropout, linear, select, sinusoidal
+from shoal.nn.init import Distribution
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square()}
+
+
+class Cache(NamedTuple):
+    used: Tensor  # int64 scalar: tokens seen so far
+    blocks: tuple[Any, ...]  # one cache per block, the mixer's own
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: DecoderConfig, lead: tuple[int, ...]) -> None:
+        super().__init__()
+        self.up = Linear(config.width, config.feed_forward, bias=config.bias, lead=lead)
+        self.down = Linear(config.feed_forward, config.width, bias=config.bias, lead=lead)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+class Block(nn.Module):
+    """x + f(norm(x)) ("pre"), or norm(x + f(x)) ("post"), for the mixer and then the feed-forward."""
+
+    def __init__(self, config: DecoderConfig, index: int, lead: tuple[int, ...]) -> None:
+        super().__init__()
+        self.index, self.pre = index, config.norm_place == "pre"
+        self.mixer = mixers.build(config.mixers[index % len(config.mixers)], config, lead)
+        self.mixer_norm = _norm(config, lead)
+        self.feed_forward = FeedForward(config, lead) if config.feed_forward else None
+        self.feed_forward_norm = _norm(config, lead) if config.feed_forward else None
+
+    def forward(self, x: Tensor, context: Context, rate: Tensor | None, cache: Any) -> tuple[Tensor, Any]:
+        """[*L, B, T, D] -> [*L, B, S, D]; ``rate`` float32 [*L] of dropout on both branches."""
+        y, cache = self.mixer(self.mixer_norm(x) if self.pre else x, context, cache)
+        x = select(x, context.at) + dropout(y, context.key, rate, 2 * self.index + 1)
+        x = x if self.pre else self.mixer_norm(x)
+        if self.feed_forward is not None and self.feed_forward_norm is not None:
+            y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
+            x = x + dropout(y, context.key, rate, 2 * self.index + 2)
+            x = x if self.pre else self.feed_forward_norm(x)
+        return x, cache
+
+
+def _norm(config: DecoderConfig, lead: tuple[int, ...]) -> nn.Module:
+    if config.norm == "none":
+        return nn.Identity()
+    return {"layer": LayerNorm, "rms": RMSNorm}[config.norm](config.width, lead=lead)
+
+
+class Decoder(nn.Module):
+    rate: Tensor | None  # float32 [*L] dropout; None when no run drops anything
+
+    def __init__(self, config: DecoderConfig, vocab_size: int, max_length: int, lead: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.max_length, self.dtype = config, vocab_size, max_length, dtype
+        self.embedding = Embedding(vocab_size, config.width, lead=lead)
+        self.position = Embedding(max_length, config.width, lead=lead) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(config, index, lead) for index in range(config.num_layers))
+        self.norm = _norm(config, lead) if config.norm_place == "pre" else nn.Identity()
+        self.head = None if config.tied else Linear(config.width, vocab_size, bias=False, lead=lead)
+        self.register_buffer("rate", torch.full(lead, config.dropout) if config.dropout > 0 else None, persistent=False)
+
+    def forward(self, tokens: Tensor, context: Context = Context(), cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
+        """int64 [*L, B, T] -> hidden [*L, B, S, D] in the compute dtype, and the cache after these tokens."""
+        x = self.embedding(tokens) + self._position_vectors(tokens, context, cache)
+        x = dropout(x.to(self.dtype), context.key, self.rate, 0)
+        caches = []
+        for index, block in enumerate(self.blocks):
+            last = index == len(self.blocks) - 1
+            x, block_cache = block(x, context if last else context._replace(at=None), self.rate, None if cache is None else cache.blocks[index])
+            caches.append(block_cache)
+        return self.norm(x), None if cache is None else Cache(cache.used + tokens.shape[-1], tuple(caches))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[*L, B, S, D] -> [*L, B, S, V] in the compute dtype."""
+        return linear(hidden, self.embedding.weight.mT) if self.head is None else self.head(hidden)
+
+    def _position_vectors(self, tokens: Tensor, context: Context, cache: Cache | None) -> Tensor | float:
+        time = tokens.shape[-1]
+        if self.config.positions in ("rotary", "none"):
+            return 0.0
+        if self.position is not None and context.positions is None and cache is None:
+            return self.position.weight[..., :time, :].unsqueeze(-3)
+        positions = context.positions
+        if positions is None:
+            positions = torch.arange(time, device=tokens.device) + (0 if cache is None else cache.used)
+        if self.position is not None:
+            return self.position(positions.expand(tokens.shape))
+        return sinusoidal(positions, self.config.width)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        return Cache(torch.zeros((), dtype=torch.int64, device=self.embedding.weight.device), tuple(block.mixer.init_cache(batch, length) for block in self._blocks))
+
+    @property
+    def _blocks(self) -> list[Any]:
+        return list(self.blocks)
+
+    def init_rules(self, configs: Sequence[DecoderConfig]) -> list[tuple[str, Distribution]]:
+        """How each parameter of these runs begins.
+
+        | parameter | distribution |
+        |---|---|
+        | embedding, position | N(0, embedding_std^2) |
+        | matrices, linear_init "normal" | N(0, (init_std init_scale)^2); biases 0 |
+        | matrices and biases, "uniform" | U(-1, 1) init_scale / sqrt(inputs): torch.nn.Linear's default (biases unscaled) |
+        | norms | weight 1, bias 0 |
+        """
+        config = configs[0]
+        rules: list[tuple[str, Distribution]] = [
+            ("*norm.weight", Constant(1.0)),
+            ("*norm.bias", Constant(0.0)),
+            ("embedding.weight", Normal([c.embedding_std for c in configs])),
+            ("position.weight", Normal([c.embedding_std for c in configs])),
+        ]
+        if config.linear_init == "normal":
+            return [*rules, ("*.bias", Constant(0.0)), ("*.weight", Normal([c.init_std * c.init_scale for c in configs]))]
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                bound = module.weight.shape[-2] ** -0.5
+                rules += [(f"{name}.weight", Uniform([bound * c.init_scale for c in configs])), (f"{name}.bias", Uniform(bound))]
+        return rules
+
+    def hidden_matrices(self) -> list[str]:
+        return [f"blocks.{name}.weight" for name, module in self.blocks.named_modules() if isinstance(module, Linear)]
+
+    def flops(self, batch: int, time: int, scored: int) -> int:
+        """Matrix products of one forward pass of one run; a multiply-add is 2."""
+        total = 2 * batch * scored * self.config.width * self.vocab_size
+        for index, block in enumerate(self._blocks):
+            places = scored if index == len(self.blocks) - 1 else time
+            total += block.mixer.flops(batch, time, places) + 4 * batch * places * self.config.width * self.config.feed_forward
+        return total

@@ -1,0 +1,10 @@
+"""Layers with an optional leading run axis, positions, dropout, initialisation."""
+
+from shoal.nn.dropout import dropout
+from shoal.nn.init import Constant, Normal, Uniform, initialise
+from shoal.nn.layers import Embedding, LayerNorm, Linear, RMSNorm, joint_linear, linear, select
+from shoal.nn.positions import rotate, sinusoidal
+
+__all__ = [
+    "Constant", "Embedding", "LayerNorm", "Linear", "Normal", "RMSNorm", "Uniform", "dropout", "initialise", "joint_linear", "linear", "rotate", "select", "sinusoidal",
+]  # fmt: skip

@@ -1,0 +1,94 @@
+"""Does a small network that has memorised half of a division table come to know the other half, and how much later?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from shoal.config import Adam, AdamW, DecoderConfig, ModularConfig, Muon, RunConfig, Schedule, StudyConfig
+from shoal.results.claims import Claim, Sample
+from shoal.results.figures import curves, survival
+from shoal.results.rows import Rows
+from shoal.studies.study import Study
+
+THRESHOLD = 0.99
+
+
+def paper() -> StudyConfig:
+    """Power et al. 2022 (arXiv 2201.02177), sections 3.2 and 3.3: AdamW with weight decay 1, their architecture and initialisation (openai/grok)."""
+    steps = 100_000
+    run = RunConfig(
+        task=ModularConfig(p=97, operation="div", train_fraction=0.5, val_fraction=0.5, test_fraction=0.0),
+        model=DecoderConfig(
+            width=128, num_layers=2, num_heads=4, feed_forward=512, activation="relu", norm="layer", norm_place="post",
+            positions="sinusoidal", bias=False, embedding_std=1.0, linear_init="uniform",
+        ),
+        optimizer=AdamW(lr=1e-3, wd=1.0, beta2=0.98),
+        schedule=Schedule(warmup=10 / steps),
+        steps=steps,
+        batch_size=512,
+        stop_metric="val/accuracy",
+        stop_at=THRESHOLD,
+    )  # fmt: skip
+    return StudyConfig(run=run, seeds=16)
+
+
+def fig1() -> StudyConfig:
+    """Their figure 1, left: plain Adam, no weight decay, a budget of a million updates, chosen there to show how late generalisation can come."""
+    steps = 1_000_000
+    config = paper()
+    run = replace(config.run, optimizer=Adam(lr=1e-3, beta2=0.98), schedule=Schedule(warmup=10 / steps), steps=steps, evaluate_every=200, log_every=200)
+    return replace(config, run=run, seeds=8)
+
+
+def fast() -> StudyConfig:
+    """Under a minute on two cores: one layer, small initial embeddings, Muon on the matrices. It shows that the delay is a choice, and keeps a short one."""
+    steps = 3_000
+    config = paper()
+    run = replace(
+        config.run,
+        task=replace(config.run.task, operator_token=False),
+        model=replace(config.run.model, num_layers=1, embedding_std=0.1),
+        optimizer=Muon(lr=0.02, wd=0.1, momentum=0.95, adam_lr=1e-3, adam_wd=1.0, adam_beta2=0.98),
+        schedule=Schedule(warmup=10 / steps),
+        steps=steps,
+        evaluate_every=25,
+        log_every=25,
+    )
+    return replace(config, run=run, seeds=4)
+
+
+PRESETS = {"fast": fast, "paper": paper, "fig1": fig1, "quick": fast, "full": paper}
+DEFAULT = ("fast", "paper")
+
+
+def _delay(rows: Rows) -> Sample:
+    """Steps from 99 % of the training rows to 99 % of the others; censored where the second never came."""
+    learned, _ = rows.reached("train/accuracy", THRESHOLD, sustained=1)
+    known, observed = rows.reached("val/accuracy", THRESHOLD)
+    return Sample(np.asarray(known) - np.asarray(learned), observed=observed, kind="survival")
+
+
+def _reached(rows: Rows) -> Sample:
+    return Sample(np.asarray(rows.reached("val/accuracy", THRESHOLD)[1], float), kind="proportion")
+
+
+def study(config: StudyConfig) -> Study:
+    steps = config.run.steps
+    return Study(
+        name="grokking",
+        question=__doc__ or "",
+        main_metric="val/accuracy",
+        wanted=lambda rows: config.runs(),
+        figures=[
+            curves(["train/accuracy", "val/accuracy"], logx=True, threshold=THRESHOLD),
+            curves(["train/loss", "val/loss"], logx=True, logy=True),
+            survival("val/accuracy", THRESHOLD),
+        ],
+        claims=[
+            Claim(f"More than half of all seeds know 99 % of the unseen rows within {steps:,} steps.", _reached, (0.5, 1.0)),
+            Claim("At the end the mean accuracy on unseen rows is above 99 %.", lambda rows: Sample(rows.column("final.val/accuracy")), (THRESHOLD, 1.0)),
+            Claim("It comes late: the median delay after 99 % of the training rows is longer than 100 steps.", _delay, (100.0, float("inf"))),
+        ],
+    )

@@ -1,0 +1,139 @@
+"""Can a small transformer learn one sentence by heart, and what does it do where it was not trained?"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from matplotlib.figure import Figure as Canvas
+
+from shoal.config import AdamW, DecoderConfig, MemorizeConfig, RunConfig, StudyConfig
+from shoal.results.claims import Claim, Sample
+from shoal.results.figures import Figure, curves
+from shoal.results.rows import Rows
+from shoal.studies.study import Study
+
+UNSCORED = "task.unscored"
+
+
+def full() -> StudyConfig:
+    """One layer on "I love machine learning", with the loss on all characters and with the first three left out."""
+    run = RunConfig(
+        task=MemorizeConfig(),
+        model=DecoderConfig(num_layers=1, width=64, num_heads=4, feed_forward=256),
+        optimizer=AdamW(lr=3e-3, wd=0.0),
+        steps=300,
+        batch_size=0,
+        log_every=10,
+        evaluate_every=10,
+        evaluate=("train",),
+    )
+    return StudyConfig(run=run, grid={UNSCORED: [0, 3]}, seeds=6)  # with 6 of 6 the interval of a share begins above one half
+
+
+PRESETS = {"quick": full, "full": full}
+DEFAULT = ("quick", "full")
+
+
+def samples(run: Any) -> list[dict[str, Any]]:
+    """What greedy sampling writes after nothing, and after the characters the loss left out."""
+    from shoal.inference import generate
+
+    text, unscored = run.config.task.strings[0], run.config.task.unscored
+    rows = [{"prompt": "", "sample": generate(run), "exact": generate(run) == text}]
+    if unscored:
+        rest = generate(run, text[:unscored])
+        rows.append({"prompt": text[:unscored], "sample": rest, "exact": rest == text[unscored:]})
+    return rows
+
+
+def positions(run: Any) -> list[dict[str, Any]]:
+    """At each character: the probability of the right one, the most probable one, the entropy in nats."""
+    from shoal.inference import evaluate as module  # noqa: F401
+    from shoal.inference.evaluate import batches, next_token_probabilities
+
+    batch = batches(run, "train")[0]
+    probabilities = next_token_probabilities(run, batch)[0]
+    rows = []
+    for place, (target, weight) in enumerate(zip(batch.targets[0].tolist(), batch.weights[0].tolist(), strict=True)):
+        p = probabilities[place]
+        entropy = -(p * p.clamp_min(1e-30).log()).sum().item()
+        right, most = run.task.tokenizer.decode([target]), run.task.tokenizer.decode([int(p.argmax())])
+        rows.append({"position": place + 1, "character": right or "end", "scored": weight > 0, "p(right)": p[target].item(), "most probable": most or "end", "entropy": entropy})
+    return rows
+
+
+def draw_positions(rows: Rows) -> Canvas:
+    """Median and range over seeds of the probability of the right character, at each position, for each variant."""
+    figure = Canvas(figsize=(7.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for color, (cell, group) in zip(("#0072B2", "#D55E00"), rows.groups([UNSCORED]), strict=False):
+        measured = [row["measures"]["positions"] for row in group if "positions" in row.get("measures", {})]
+        if not measured:
+            continue
+        table = [sorted(values) for values in zip(*([r["p(right)"] for r in one] for one in measured), strict=True)]
+        x = range(1, len(table) + 1)
+        unscored = cell[UNSCORED]
+        label = f"first {unscored} left out of the loss, n = {len(measured)}" if unscored else f"all characters in the loss, n = {len(measured)}"
+        axes.plot(x, [values[len(values) // 2] for values in table], "o-", color=color, markersize=3.5, label=label)
+        axes.fill_between(x, [values[0] for values in table], [values[-1] for values in table], color=color, alpha=0.2, linewidth=0)
+        axes.set_xticks(list(x), [r["character"].replace(" ", "␣") for r in measured[0]], fontsize=8)
+    axes.set(xlabel="character to predict, given those before it", ylabel="probability of the right one", ylim=(-0.04, 1.04))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="center right")
+    return figure
+
+
+def _of(rows: Rows, unscored: int) -> Rows:
+    return rows.where({UNSCORED: unscored})
+
+
+def _exact(rows: Rows, unscored: int, sample: int) -> Sample:
+    return Sample([float(row["measures"]["samples"][sample]["exact"]) for row in _of(rows, unscored)], kind="proportion")
+
+
+def study(config: StudyConfig) -> Study:
+    variants = config.grid.get(UNSCORED, [config.run.task.unscored])  # pyright: ignore[reportAttributeAccessIssue]
+    claims = []
+    if 0 in variants:
+        claims += [
+            Claim("With all characters in the loss, the training loss falls below 0.001 nats per character.", lambda rows: Sample(_of(rows, 0).column("final.train/loss")), (0.0, 1e-3)),
+            Claim("Greedy sampling from nothing then returns the string exactly, for more than half of all seeds.", lambda rows: _exact(rows, 0, 0), (0.5, 1.0)),
+        ]
+    for left_out in [v for v in variants if v]:
+        claims += [
+            Claim(
+                f"With the first {left_out} characters left out of the loss, the loss on the others falls below 0.001.",
+                lambda rows, left_out=left_out: Sample(_of(rows, left_out).column("final.train/loss")),
+                (0.0, 1e-3),
+            ),
+            Claim(
+                f"Given those {left_out} characters, sampling returns the rest exactly, for more than half of all seeds.",
+                lambda rows, left_out=left_out: _exact(rows, left_out, 1),
+                (0.5, 1.0),
+            ),
+            Claim(
+                f"Without them it does not: at the {left_out} positions it was never trained on, the model gives the right character a probability below one half.",
+                lambda rows, left_out=left_out: Sample(
+                    [math.fsum(r["p(right)"] for r in row["measures"]["positions"][:left_out]) / left_out for row in _of(rows, left_out)]
+                ),
+                (0.0, 0.5),
+            ),
+        ]
+    return Study(
+        name="sanity",
+        question=__doc__ or "",
+        main_metric="train/loss",
+        wanted=lambda rows: config.runs(),
+        measures={"samples": samples, "positions": positions},
+        figures=[
+            curves(["train/loss"], by=[UNSCORED], ylabel="training loss (nats per character)", logy=True),
+            Figure(
+                "positions",
+                draw_positions,
+                "Probability of the right character at each position; line: median over seeds, band: range. Where the loss left the characters out, nothing ever told "
+                "the model what stands there: what it predicts at those places is whatever training elsewhere left behind. Given the true characters, the rest is exact.",
+            ),
+        ],
+        claims=claims,
+    )

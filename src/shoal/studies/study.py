@@ -1,0 +1,34 @@
+"""A study: a question, the runs it wants, what is measured after training, figures, claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from shoal.config import RunConfig, StudyConfig
+from shoal.results.claims import Claim
+from shoal.results.figures import Figure
+from shoal.results.rows import Rows
+
+if TYPE_CHECKING:
+    from shoal.train.run import Run
+
+Wanted = Callable[[Rows], Sequence[RunConfig]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    name: str
+    question: str
+    main_metric: str  # of an evaluation, e.g. "val/accuracy": what the report leads with and what "the best run" means
+    wanted: Wanted  # pure; called with all rows so far until it asks for nothing new
+    measures: Mapping[str, Callable[[Run], list[dict[str, Any]]]] = field(default_factory=dict)  # after training: samples, lengths, maps
+    figures: Sequence[Figure] = ()
+    claims: Sequence[Claim] = ()
+
+
+def grid(run: RunConfig, values: Mapping[str, Sequence[Any]] | None = None, *, seeds: int = 3, first_seed: int = 0) -> Wanted:
+    """All combinations of ``values`` (dotted path -> values), every seed: ``grid(RunConfig(), {"optimizer.lr": [1e-3, 1e-2]}, seeds=8)``."""
+    config = StudyConfig(run=run, grid={path: list(v) for path, v in (values or {}).items()}, seeds=seeds, first_seed=first_seed)
+    return lambda rows: config.runs()

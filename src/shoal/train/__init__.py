@@ -1,0 +1,1 @@
+"""Plan, fleet, objectives, optimizers, schedules, checkpoints."""

@@ -1,0 +1,144 @@
+"""A fleet's state on disk: safetensors and JSON, never pickle, replaced as a whole directory.
+
+    checkpoint/model.safetensors      every run as born: name -> [R, ...]
+    checkpoint/optimizer.safetensors  the runs still in the fleet: "<moment>/<group>" -> [R', ...]
+    checkpoint/fleet.json             step, who is present, statuses, what the caller adds
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shoal import models, tasks
+from shoal.config import RunConfig
+from shoal.config.fields import ConfigError
+from shoal.train.fleet import Fleet
+from shoal.train.layout import Layout
+from shoal.train.run import Run
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "fleet.json"
+
+
+def save(fleet: Fleet, directory: Path, extra: dict[str, Any]) -> None:
+    """Write ``directory`` anew; until that is complete, the old one stays. ``extra``: JSON values given back by ``load``."""
+    new, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    flat = torch.zeros(len(fleet.runs), fleet.layout.size)
+    flat[fleet.present] = fleet.flat.cpu()
+    for run, (parameters, _, _) in fleet.departed.items():
+        flat[run] = parameters
+    save_file({name: view.contiguous() for name, view in fleet.layout.views(flat).items()}, new / MODEL)
+    moments = {f"{moment}/{group}": x.contiguous() for moment, tensors in fleet.state.items() for group, x in tensors.items()}
+    save_file(moments, new / OPTIMIZER)
+    state = {
+        "step": fleet.step,
+        "evaluated": fleet.evaluated,
+        "seconds": fleet.seconds,
+        "present": fleet.present,
+        "status": fleet.status.tolist(),
+        "ended": fleet.ended.tolist(),
+        "hits": fleet.hits.tolist(),
+        "departed": {run: [status, ended] for run, (_, status, ended) in fleet.departed.items()},
+        "compiled": fleet.compile,
+        "extra": extra,
+    }
+    (new / STATE).write_text(json.dumps(state))
+    for path in new.iterdir():
+        _flush(path)
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    new.rename(directory)
+    _flush(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(runs: Sequence[RunConfig], directory: Path, device: str | torch.device) -> tuple[Fleet, dict[str, Any]]:
+    """The fleet as saved, and ``extra``."""
+    directory = _existing(directory)
+    state = json.loads((directory / STATE).read_text())
+    fleet = Fleet(runs, device, compile=state["compiled"])
+    fleet.step, fleet.evaluated, fleet.seconds = state["step"], state["evaluated"], state["seconds"]
+    fleet.present = state["present"]
+    layout = fleet.layout_of()
+    parameters = _read(directory / MODEL)
+    flat = layout.pack(parameters, 1)
+    fleet.departed = {int(run): (flat[int(run)].clone(), status, ended) for run, (status, ended) in state["departed"].items()}
+    fleet.flat = flat[fleet.present].to(fleet.device)
+    fleet.state = {}
+    for name, x in _read(directory / OPTIMIZER).items():
+        moment, _, group = name.partition("/")
+        fleet.state.setdefault(moment, {})[group] = x.to(fleet.device)
+    fleet.status, fleet.ended, fleet.hits = (torch.tensor(state[name], device=fleet.device) for name in ("status", "ended", "hits"))
+    fleet.assemble()
+    return fleet, state["extra"]
+
+
+def load_run(config: RunConfig, place: int, directory: Path) -> Run:
+    """Run number ``place`` (as born) of the fleet saved there, by itself, read without its mates."""
+    path = _existing(directory) / MODEL
+    _check(path)
+    task = tasks.build(config.task)
+    with torch.device("meta"):
+        model = models.build(config.model, task.vocab_size, task.max_length)
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_slice(name)[place] for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
+    layout = Layout({name: tuple(p.shape) for name, p in model.named_parameters()}, {"flat": [name for name, _ in model.named_parameters()]})
+    layout.bind(model, layout.pack(tensors, 0))
+    return Run(config=config, task=task, model=model.requires_grad_(False))
+
+
+def exists(directory: Path) -> bool:
+    return directory.exists() or directory.with_name(directory.name + ".old").exists()
+
+
+def _existing(directory: Path) -> Path:
+    """The checkpoint, or the one before it when the process died between two renames."""
+    old = directory.with_name(directory.name + ".old")
+    if not directory.exists() and old.exists():
+        return old
+    if not (directory / STATE).exists():
+        raise ConfigError(str(directory), "there is no checkpoint here; the run has not been trained yet, or only its report was kept")
+    return directory
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    _check(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
+
+
+def _check(path: Path) -> None:
+    if not path.exists():
+        raise ConfigError(str(path), "is missing; delete this checkpoint directory to train its fleet again from the start")
+    with path.open("rb") as file:
+        if file.read(4)[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise ConfigError(str(path), "is a pickle, which could run code when loaded; shoal reads safetensors only")
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(str(path), f"is damaged or cut short ({error}); delete this checkpoint directory to train its fleet again from the start")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,350 @@
+"""A fleet: runs of the same structure trained together, one captured step at a time.
+
+    fleet = Fleet.build([with_seed(config, s) for s in range(64)], device="cuda")
+    while not fleet.done:
+        table = fleet.advance(1000)
+
+Nothing is reduced over runs; a run whose loss or gradient is not finite keeps its last good state and its mates do not
+change by one bit. A step never waits for the host: data, schedules and stop decisions are tensors; metrics leave the device once per ``advance``.
+Not here: files (``checkpoint``), which runs go together (``plan``), what to do with results (``shoal.studies.driver``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal import models, rng, tasks
+from shoal.config import Muon, RunConfig, fields_per_run
+from shoal.contracts import Batch, Optimizer, State, Sums
+from shoal.nn import initialise
+from shoal.train import optimizers
+from shoal.train.capture import Captured
+from shoal.train.layout import Layout
+from shoal.train.objectives import OBJECTIVES, add, means
+from shoal.train.run import Run
+from shoal.train.schedules import multiplier
+
+Table = dict[str, np.ndarray]  # "step" and "run" int64 [n], metrics float32 [n], NaN = not measured there
+RUNNING, FINISHED, COMPLETED, DEAD = range(4)
+STATUS = ("running", "finished", "completed", "dead")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EVALUATION_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 21}  # tokens of one piece of an evaluation: fits the cache, fills the GPU
+COMPACT_EVERY = 10  # evaluations between looks at who has left
+RECOMPILE_WORTH = 20_000  # steps that must remain before a compiled fleet is made smaller: halving saves at most a millisecond or two of each
+
+
+class Fleet:
+    runs: list[RunConfig]  # as born; a run's number everywhere is its place here
+    present: list[int]  # the runs still in the tensors, in their order along R
+    flat: Tensor  # float32 [R, P], all parameters
+    state: State  # the optimizer's
+    status: Tensor  # int64 [R], an index into STATUS
+    ended: Tensor  # int64 [R], updates made when it stopped running
+    hits: Tensor  # int64 [R], evaluations in a row that met the stop rule
+
+    def __init__(self, runs: Sequence[RunConfig], device: str | torch.device = "cpu", *, compile: bool | None = None) -> None:
+        self.runs, self.device = list(runs), torch.device(device)
+        self.config = self.runs[0]
+        self.compile = self.device.type == "cuda" if compile is None else compile
+        self.task = tasks.build(self.config.task)
+        self.optimizer: Optimizer = optimizers.build(self.config.optimizer)
+        self.step, self.evaluated, self.seconds = 0, -1, 0.0
+        self.last_step = max(run.steps for run in self.runs)
+        self.stops = {run.steps for run in self.runs}
+        self.present = list(range(len(self.runs)))
+        self.departed: dict[int, tuple[Tensor, int, int]] = {}  # run -> parameters on the CPU, status, ended
+        self.summary: dict[str, float] = {}  # for a progress line: "finished", "dead", and "median" and "best" of ...
+        splits = self.config.evaluate
+        self.summary_metric = self.config.stop_metric or (f"{splits[-1]}/accuracy" if splits else "batch/loss")
+
+    @classmethod
+    def build(cls, runs: Sequence[RunConfig], device: str | torch.device = "cpu", *, compile: bool | None = None) -> Fleet:
+        """A new fleet at step 0, initialised from its runs' seeds."""
+        fleet = cls(runs, device, compile=compile)
+        count = len(fleet.runs)
+        model = fleet._new_model((count,))
+        layout = fleet.layout_of(model)
+        flat = torch.zeros(count, layout.size)
+        layout.bind(model, flat)
+        initialise(model, model.init_rules([run.model for run in fleet.runs]), torch.tensor([run.seeds.init for run in fleet.runs]))
+        fleet.flat = flat.to(fleet.device)
+        fleet.state = fleet.optimizer.init(layout_groups(layout, fleet.flat))
+        zeros = torch.zeros(count, dtype=torch.int64, device=fleet.device)
+        fleet.status, fleet.ended, fleet.hits = zeros, zeros.clone(), zeros.clone()
+        fleet.assemble()
+        return fleet
+
+    def assemble(self) -> None:
+        """Everything that follows from ``present``, ``flat`` and ``state``: the model on the parameters, hyperparameters, data, captured functions."""
+        runs = [self.runs[r] for r in self.present]
+        self.model = self._new_model((len(runs),))
+        self.layout = self.layout_of(self.model)
+        self.parameters = self.layout.bind(self.model, self.flat)
+        if getattr(self.model, "rate", None) is not None:
+            self.model.rate = self._column("model.dropout")
+        self.hyper = {path.rpartition(".")[2]: self._column(path) for path in fields_per_run(self.config) if path.startswith("optimizer.")}
+        self.schedule = {name: self._column(f"schedule.{name}") for name in ("warmup", "end", "floor")}
+        self.steps, self.stop_at = self._column("steps").long(), self._column("stop_at")
+        self.clip = self._column("clip") if any(run.clip > 0 for run in self.runs) else None
+        order = torch.tensor([run.seeds.order for run in runs], device=self.device)
+        self.order_key, self.noise_key = rng.key(order, "order"), rng.key(order, "dropout")
+        names = [path for path in fields_per_run(self.config) if path.startswith("task.")]
+        per_run = {path.removeprefix("task."): [_get(run, path) for run in runs] for path in names}
+        self.tables = self.task.setup({**per_run, "split_seed": [run.seeds.split for run in runs]}, self.device)
+        self.clock = torch.tensor(self.step, device=self.device)  # int64 scalar: the step, for the device
+
+        objective, draw, update = OBJECTIVES[self.config.objective], self.task.batch, _update
+        if self.compile:
+            torch.compiler.reset()  # each fleet is its own program; PyTorch keeps only a few versions of one function
+            objective, draw, update = (torch.compile(f, dynamic=False, fullgraph=True) for f in (objective, draw, update))
+        self._objective, self._draw, self._update = objective, draw, update
+        self._captured_step = Captured(self._one_step, self.device, self._quiet)
+        self._captured_evaluation = Captured(self._one_evaluation, self.device, self._quiet)
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.evaluated and bool((self.status != RUNNING).all())
+
+    def advance(self, num_steps: int) -> Table:
+        """Up to ``num_steps`` updates of every running run, and the evaluations that fall due; the rows, in one transfer."""
+        began, entries, made = time.perf_counter(), [], 0
+        while True:
+            if self.evaluated < self.step and (self.step % self.config.evaluate_every == 0 or self.step in self.stops):
+                entries.append((self.step, list(self.present), _copy(self._captured_evaluation())))
+                self.evaluated = self.step
+                if self.step // self.config.evaluate_every % COMPACT_EVERY == 0:
+                    self._compact()
+            if made == num_steps or self.step == self.last_step:
+                break
+            metrics = self._captured_step()
+            if self.step % self.config.log_every == 0:
+                entries.append((self.step, list(self.present), _copy(metrics)))
+            self.step += 1
+            made += 1
+            if self.device.type == "cpu" and made % 16 == 0 and self.done:
+                break
+        table = _table(entries)
+        self._summarise(table)
+        self.seconds += time.perf_counter() - began
+        return table
+
+    def evaluate(self, split: str) -> dict[str, Tensor]:
+        """Metric -> float32 [R] over the whole split."""
+        return means(self._split_sums(split))
+
+    def keep(self, index: Sequence[int]) -> None:
+        """Go on with the runs at these places along R; the others leave with their parameters as they are."""
+        status, ended = self.status.tolist(), self.ended.tolist()
+        for place, run in enumerate(self.present):
+            if place not in set(index):
+                self.departed[run] = (self.flat[place].cpu(), status[place], ended[place])
+        self.present = [self.present[place] for place in index]
+        chosen = torch.tensor(index, device=self.device)
+        self.flat, self.status, self.ended, self.hits = (x.index_select(0, chosen) for x in (self.flat, self.status, self.ended, self.hits))
+        self.state = {moment: {name: x.index_select(0, chosen) for name, x in tensors.items()} for moment, tensors in self.state.items()}
+        self.assemble()
+
+    def one(self, run: int) -> Run:
+        """Run number ``run`` (as born) by itself, with L = ()."""
+        flat = self.departed[run][0] if run in self.departed else self.flat[self.present.index(run)].cpu()
+        model = self._new_model(())
+        self.layout.bind(model, flat.clone())
+        config = self.runs[run]
+        return Run(config=config, task=tasks.build(config.task), model=model.requires_grad_(False))
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        """Per run as born: {"status", "steps"}."""
+        status, ended = self.status.tolist(), self.ended.tolist()
+        now = {run: (status[place], ended[place]) for place, run in enumerate(self.present)}
+        now |= {run: (status, ended) for run, (_, status, ended) in self.departed.items()}
+        return [{"status": STATUS[now[r][0]], "steps": self.step if now[r][0] == RUNNING else now[r][1]} for r in range(len(self.runs))]
+
+    def record(self) -> dict[str, Any]:
+        """What a reader must know of this fleet beside its runs' configs (JSON values)."""
+        batch = self._draw(self.tables, self.order_key, self.clock, self.config.batch_size)
+        rows, length, scored = *batch.tokens.shape[-2:], batch.targets.shape[-1]
+        num_parameters = sum(parameter[0].numel() for parameter in self.parameters.values())
+        return {
+            "choices": {"device": str(self.device), "runs": len(self.runs), "compiled": self.compile, "threads": torch.get_num_threads()},
+            "model": {"parameters": num_parameters, "flops": {"step": 3 * self.model.flops(rows, length, scored)}, "batch": [rows, length, scored]},
+            "data": [self.task.describe(self.tables, place) for place in range(len(self.present))],
+        }
+
+    # One step and one evaluation: what is captured.
+
+    def _one_step(self) -> dict[str, Tensor]:
+        batch = self._draw(self.tables, self.order_key, self.clock, self.config.batch_size)
+        sums, grads = self._gradients(batch)
+        rate = multiplier(self.config.schedule.kind, self.clock / self.steps, **self.schedule)
+        hyper = {name: value * rate if name.endswith("lr") else value for name, value in self.hyper.items()}
+        running = self.status == RUNNING
+        norm, alive = self._update(self.optimizer, self.layout, self.flat, self.state, grads, sums, hyper, self.clip, self.clock, running & (self.clock < self.steps))
+        died = running & (self.clock < self.steps) & ~alive
+        self.status.copy_(torch.where(died, DEAD, self.status))
+        self.ended.copy_(torch.where(died, self.clock, self.ended))
+        self.clock += 1
+        metrics = {f"batch/{name}": value for name, value in means(sums).items()} | {"batch/grad_norm": norm, "learning_rate": hyper["lr"]}
+        return {name: torch.where(running, value, torch.nan) for name, value in metrics.items()}
+
+    def _gradients(self, batch: Batch) -> tuple[Sums, list[Tensor]]:
+        """Sums over the batch and the gradient of each run's summed loss, in ``accumulate`` pieces."""
+        keys = None
+        if getattr(self.model, "rate", None) is not None:
+            row = torch.arange(batch.tokens.shape[-2], device=self.device)
+            keys = rng.fold(rng.fold(self.noise_key, self.clock)[:, None], row)
+        total, grads = None, []
+        for piece, piece_keys in _pieces(batch, keys, self.config.accumulate):
+            sums = self._objective(self.model, piece, piece_keys)
+            new = torch.autograd.grad(sums.loss.sum(), list(self.parameters.values()))
+            total, grads = (sums, list(new)) if total is None else (add(total, sums), [a + b for a, b in zip(grads, new, strict=True)])
+        assert total is not None
+        return Sums(total.loss.detach(), total.weight, total.metrics), grads
+
+    @torch.no_grad()
+    def _one_evaluation(self) -> dict[str, Tensor]:
+        metrics: dict[str, Tensor] = {}
+        for split in self.config.evaluate:
+            metrics |= {f"{split}/{name}": value for name, value in self.evaluate(split).items()}
+        running = self.status == RUNNING
+        finished = torch.zeros_like(running)
+        if self.config.stop_metric is not None:
+            value = metrics[self.config.stop_metric]
+            met = value <= self.stop_at if self.config.stop_metric.endswith("loss") else value >= self.stop_at
+            self.hits.copy_(torch.where(met & running, self.hits + 1, 0))
+            finished = running & (self.hits >= self.config.stop_evaluations)
+        completed = running & ~finished & (self.clock >= self.steps)
+        self.status.copy_(torch.where(finished, FINISHED, torch.where(completed, COMPLETED, self.status)))
+        self.ended.copy_(torch.where(finished | completed, self.clock, self.ended))
+        return {name: torch.where(running, value, torch.nan) for name, value in metrics.items()}
+
+    @torch.no_grad()
+    def _split_sums(self, split: str) -> Sums:
+        rows = max(16, EVALUATION_TOKENS[self.device.type] // (len(self.present) * self.task.max_length))
+        total = None
+        for batch in self.task.evaluation(self.tables, split, rows):
+            sums = self._objective(self.model, batch, None)
+            total = sums if total is None else add(total, sums)
+        assert total is not None
+        return total
+
+    # Smaller parts.
+
+    def _new_model(self, lead: tuple[int, ...]) -> models.AnyModel:
+        with torch.device("meta"):  # the parameters come from elsewhere
+            model = models.build(self.config.model, self.task.vocab_size, self.task.max_length, lead, DTYPES[self.config.precision])
+        return model
+
+    def layout_of(self, model: models.AnyModel | None = None) -> Layout:
+        """Where this fleet's parameters lie; the same for any number of runs."""
+        model = self._new_model((1,)) if model is None else model
+        shapes = {name: tuple(p.shape[1:]) for name, p in model.named_parameters()}
+        return Layout(shapes, parameter_groups(self.config.optimizer, shapes, model.hidden_matrices()))
+
+    def _column(self, path: str) -> Tensor:
+        return torch.tensor([float(_get(self.runs[r], path)) for r in self.present], device=self.device)
+
+    @contextlib.contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """No run is running, so a step changes nothing but the clock, which is put back."""
+        saved = {x: x.clone() for x in (self.status, self.ended, self.hits, self.clock)}
+        self.status.fill_(COMPLETED)
+        yield
+        for x, old in saved.items():
+            x.copy_(old)
+
+    def _compact(self) -> None:
+        if self.compile and self.last_step - self.step < RECOMPILE_WORTH:
+            return
+        index = (self.status == RUNNING).nonzero().flatten().tolist()
+        if 0 < len(index) <= len(self.present) // 2:
+            self.keep(index)
+
+    def _summarise(self, table: Table) -> None:
+        """For a progress line: who has stopped, and the last values of the runs that still run."""
+        status = [outcome["status"] for outcome in self.outcomes()]
+        self.summary |= {"finished": status.count("finished") + status.count("completed"), "dead": status.count("dead")}
+        values = table.get(self.summary_metric, np.zeros(0))
+        at_last = values[table["step"] == table["step"][~np.isnan(values)].max()] if (~np.isnan(values)).any() else values[:0]
+        if len(at_last):
+            best = np.nanmin(at_last) if self.summary_metric.endswith("loss") else np.nanmax(at_last)
+            self.summary |= {"median": float(np.nanmedian(at_last)), "best": float(best)}
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """Tables under each other; a metric one of them lacks is NaN there."""
+    names = dict.fromkeys(name for table in tables for name in table)
+    return {name: np.concatenate([table.get(name, np.full(len(table["step"]), np.nan, np.float32)) for table in tables]) for name in names}
+
+
+def parameter_groups(config: Any, shapes: Mapping[str, Sequence[int]], hidden_matrices: Sequence[str]) -> dict[str, list[str]]:
+    """What the optimizer is handed: group name -> parameters. Muon gets its matrices one by one, everything else comes as one or two vectors."""
+    if isinstance(config, Muon):
+        return {name: [name] for name in hidden_matrices} | {"rest": [name for name in shapes if name not in set(hidden_matrices)]}
+    if getattr(config, "decay", "all") == "matrices":
+        return {"decayed": [n for n, s in shapes.items() if len(s) > 1], "undecayed": [n for n, s in shapes.items() if len(s) <= 1]}
+    return {"flat": list(shapes)}
+
+
+def layout_groups(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
+    """The groups as tensors: a parameter's own view [R, in, out] where the group is that parameter, else a slice [R, P']."""
+    return {group: layout.view(flat, group) if group in layout.shapes else flat[..., a:b] for group, (a, b) in layout.groups.items()}
+
+
+def _update(
+    optimizer: Optimizer, layout: Layout, flat: Tensor, state: State, grads: list[Tensor], sums: Sums,
+    hyper: Mapping[str, Tensor], clip: Tensor | None, step: Tensor, running: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mean gradient, clipping, who is alive, the optimizer. Returns the gradient norms and alive, both [R]."""
+    grad = layout.pack(dict(zip(layout.shapes, grads, strict=True)), 1).float() / sums.weight.unsqueeze(-1)
+    norm = optimizers.gradient_norm(grad)
+    alive = running & torch.isfinite(sums.loss / sums.weight) & torch.isfinite(norm)
+    if clip is not None:
+        grad = grad * optimizers.clip_scale(norm, clip).unsqueeze(-1)
+    grad = torch.where(alive.unsqueeze(-1), grad, 0.0)
+    optimizer.update(layout_groups(layout, flat), layout_groups(layout, grad), state, hyper, step, alive)
+    return norm, alive
+
+
+def _pieces(batch: Batch, keys: Tensor | None, count: int) -> Iterator[tuple[Batch, Tensor | None]]:
+    """The batch cut along B into ``count`` pieces, with their dropout keys."""
+    size = -(-batch.tokens.shape[-2] // count)
+    for start in range(0, batch.tokens.shape[-2], size):
+        cut = slice(start, start + size)
+        at = batch.at[..., cut, :] if isinstance(batch.at, Tensor) else batch.at
+        mask = None if batch.mask is None else batch.mask[..., cut, :]
+        yield Batch(batch.tokens[..., cut, :], batch.targets[..., cut, :], batch.weights[..., cut, :], mask, at), None if keys is None else keys[..., cut]
+
+
+def _get(run: RunConfig, path: str) -> Any:
+    value: Any = run
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _copy(metrics: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor]:
+    return tuple(metrics), torch.stack([value.float() for value in metrics.values()]) if metrics else torch.zeros(0)
+
+
+def _table(entries: list[tuple[int, list[int], tuple[tuple[str, ...], Tensor]]]) -> Table:
+    """(step, runs, (names, values [M, R])) -> one row per step and run."""
+    if not entries:
+        return {"step": np.zeros(0, np.int64), "run": np.zeros(0, np.int64)}
+    values = iter(torch.cat([values.flatten() for _, _, (_, values) in entries]).cpu().numpy().tolist())  # the one transfer
+    rows: dict[tuple[int, int], dict[str, float]] = {}
+    for step, runs, (names, _) in entries:
+        for name in names:
+            for run in runs:
+                value = next(values)
+                if value == value:  # not NaN
+                    rows.setdefault((step, run), {})[name] = value
+    metrics = list(dict.fromkeys(name for _, _, (names, _) in entries for name in names))
+    table: Table = {"step": np.array([step for step, _ in rows], np.int64), "run": np.array([run for _, run in rows], np.int64)}
+    return table | {name: np.array([row.get(name, np.nan) for row in rows.values()], np.float32) for name in metrics}

@@ -1,0 +1,224 @@
+"""Optimizers whose hyperparameters differ by run: SGD, Adam, AdamW, Adagrad as in ``torch.optim``, and Muon.
+
+    optimizer = build(AdamW(wd=1.0))
+    state = optimizer.init(params)                                     # {"flat": [R, P]}: R runs at once
+    optimizer.update(params, grads, state, {"lr": lr, ...}, step, alive)  # in place; lr [R], step int64, alive bool [R]
+
+Each update is its paper's equations with coefficients [*L] spread over tensors [*L, ...]. Handed a few large tensors, it is a handful of passes over
+memory when eager and one kernel when compiled; nothing is reduced over runs and nothing asks the host.
+
+A run that is not alive must keep every bit. Its gradient is 0, so coefficients can do that without another pass over the tensors, but not
+coefficients of 0.0: x + 0.0 turns a -0.0 into 0.0, while x + -0.0 is x for every x. So `_gate` makes a dead run's coefficients -0.0, and every
+line below is written such that what they multiply is then 0.0: the update adds -0.0. (Parameters and moments must be finite for this; a run
+that is stopped at the first non-finite gradient norm has only such.)
+
+Not here: which parameter goes into which group, schedules, and what makes a run dead; the fleet decides those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.config import optimizers as configs
+from shoal.contracts import Optimizer, Params, State
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan: the steepest quintic at 0 that keeps singular values in about [0.7, 1.2]
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Momentum as in torch: no dampening, so the first momentum is the first gradient. Weight decay is added to the gradient."""
+
+    config: configs.SGD
+
+    def init(self, params: Params) -> State:
+        return {"momentum": _zeros(params)}
+
+    def update(self, params: Params, grads: Params, state: State, hyper: Mapping[str, Tensor], step: Tensor, alive: Tensor) -> None:
+        for name, p in params.items():
+            descend, decay, momentum, assign = _gate(alive, p, -hyper["lr"], hyper["wd"], hyper["momentum"], torch.ones_like(hyper["lr"]))
+            buffer = state["momentum"][name]
+            g = torch.addcmul(grads[name], p, decay)
+            velocity = torch.addcmul(g, buffer, momentum)
+            buffer.lerp_(velocity, assign)  # lerp by 1 is its end, exactly
+            if self.config.nesterov:
+                velocity = torch.addcmul(g, velocity, momentum)
+            p.addcmul_(velocity, descend)
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Kingma and Ba 2015 (arXiv 1412.6980). Weight decay is added to the gradient."""
+
+    config: configs.Adam
+
+    def init(self, params: Params) -> State:
+        return {"first": _zeros(params), "second": _zeros(params)}
+
+    def update(self, params: Params, grads: Params, state: State, hyper: Mapping[str, Tensor], step: Tensor, alive: Tensor) -> None:
+        for name, p in params.items():
+            (decay,) = _gate(alive, p, hyper["wd"])
+            g = torch.addcmul(grads[name], p, decay)
+            _adam_step(p, g, state["first"][name], state["second"][name], hyper, step, alive)
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Loshchilov and Hutter 2019 (arXiv 1711.05101): p shrinks by lr * wd, apart from the gradient. Group "undecayed" does not."""
+
+    config: configs.AdamW
+
+    def init(self, params: Params) -> State:
+        return {"first": _zeros(params), "second": _zeros(params)}
+
+    def update(self, params: Params, grads: Params, state: State, hyper: Mapping[str, Tensor], step: Tensor, alive: Tensor) -> None:
+        for name, p in params.items():
+            if self.config.decay == "all" or name != "undecayed":
+                (decay,) = _gate(alive, p, hyper["lr"] * hyper["wd"])
+                p.mul_(1 - decay)
+            _adam_step(p, grads[name], state["first"][name], state["second"][name], hyper, step, alive)
+
+
+@dataclass(frozen=True)
+class Adagrad:
+    """Duchi, Hazan, Singer 2011, diagonal form; torch's with lr_decay 0 and accumulators from 0. Weight decay is added to the gradient."""
+
+    config: configs.Adagrad
+
+    def init(self, params: Params) -> State:
+        return {"sum": _zeros(params)}
+
+    def update(self, params: Params, grads: Params, state: State, hyper: Mapping[str, Tensor], step: Tensor, alive: Tensor) -> None:
+        for name, p in params.items():
+            descend, decay = _gate(alive, p, -hyper["lr"], hyper["wd"])
+            eps = _spread(torch.where(alive, hyper["eps"], 1.0), p)
+            g = torch.addcmul(grads[name], p, decay)
+            total = state["sum"][name].addcmul_(g, g)
+            p.addcmul_(g.div_(total.sqrt().add_(eps)), descend)
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Keller Jordan 2024 (kellerjordan.github.io/posts/muon) on every group [*L, in, out]; AdamW, with the ``adam_`` values, on group "rest".
+
+    A matrix moves by its momentum with all singular values made about 1, times sqrt(max(1, out / in)).
+    ``dtype`` of the Newton-Schulz iteration: None = bfloat16 on CUDA (it only needs the direction), the parameters' own elsewhere.
+    """
+
+    config: configs.Muon
+    dtype: torch.dtype | None = None
+    adamw: AdamW = AdamW(configs.AdamW())
+
+    def init(self, params: Params) -> State:
+        rest, matrices = _split(params)
+        return {"momentum": _zeros(matrices), **self.adamw.init(rest)}
+
+    def update(self, params: Params, grads: Params, state: State, hyper: Mapping[str, Tensor], step: Tensor, alive: Tensor) -> None:
+        rest, matrices = _split(params)
+        self.adamw.update(rest, grads, state, {name.removeprefix("adam_"): c for name, c in hyper.items() if name.startswith("adam_")}, step, alive)
+
+        directions: Params = {}
+        for name, p in matrices.items():
+            g, buffer = grads[name], state["momentum"][name]
+            move, decay = _gate(alive, p, 1 - hyper["momentum"], hyper["lr"] * hyper["wd"])
+            p.mul_(1 - decay)
+            buffer.lerp_(g, move)
+            directions[name] = g.lerp(buffer, 1 - move) if self.config.nesterov else buffer
+        for names in _alike(directions):
+            wide = torch.stack([_wide(directions[name]) for name in names])  # [N, *L, short, long]
+            dtype = self.dtype or (torch.bfloat16 if wide.is_cuda else wide.dtype)
+            results = newton_schulz(wide, self.config.newton_schulz_steps, dtype)
+            for name, result in zip(names, results.unbind(), strict=True):
+                p = matrices[name]
+                change = (result if result.shape == p.shape else result.mT) * _spread(hyper["lr"] * math.sqrt(max(1, p.shape[-1] / p.shape[-2])), p)
+                p.sub_(torch.where(_spread(alive, p), change, 0.0))  # x - 0.0 is x, too
+
+
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """[..., short, long] -> the same singular vectors, with singular values near 1 (about 0.7 to 1.2 after 5 steps, unless tiny beside the largest).
+
+    Each matrix is first divided by its own Frobenius norm, so that none of its singular values is above 1. Iterates in ``dtype``; a matrix of zeros stays.
+    """
+    a, b, c = NEWTON_SCHULZ
+    norm = torch.linalg.matrix_norm(matrices, keepdim=True)
+    x = (matrices / norm.clamp(min=1e-7)).to(dtype).flatten(0, -3)  # [N, short, long]
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(matrices.dtype).view_as(matrices)
+
+
+def gradient_norm(grad: Tensor) -> Tensor:
+    """[*L, P] -> [*L], each run's Euclidean norm."""
+    return torch.linalg.vector_norm(grad, dim=-1)
+
+
+def clip_scale(norm: Tensor, limit: Tensor) -> Tensor:
+    """[*L] -> [*L]: what to multiply a gradient of this norm by, as ``torch.nn.utils.clip_grad_norm_`` does. A limit of 0 is none."""
+    return torch.where(limit > 0, (limit / (norm + 1e-6)).clamp(max=1), 1.0)
+
+
+def _adam_step(p: Tensor, g: Tensor, first: Tensor, second: Tensor, hyper: Mapping[str, Tensor], step: Tensor, alive: Tensor) -> None:
+    """p -= lr * (first / (1 - beta1**t)) / (sqrt(second / (1 - beta2**t)) + eps) after both moments have taken in g; t = step + 1.
+
+    The same with both corrections moved to [*L]: p -= lr * root / (1 - beta1**t) * first / (sqrt(second) + eps * root), root = sqrt(1 - beta2**t).
+    """
+    betas = torch.stack([hyper["beta1"], hyper["beta2"]])
+    correction1, correction2 = -torch.expm1((step + 1) * betas.log())  # 1 - beta**t, which loses digits as it stands where beta**t is near 1
+    root = correction2.sqrt()
+    move1, move2, descend = _gate(alive, p, *(1 - betas), -hyper["lr"] * root / correction1)
+    eps = _spread(torch.where(alive, hyper["eps"] * root, torch.inf), p)
+    zero = _spread(alive * 0.0, p)
+
+    first.lerp_(g, move1)
+    work = g * g
+    second.lerp_(work, move2)
+    denominator = torch.sqrt(second, out=work).add_(eps)
+    direction = torch.addcdiv(zero, first, denominator, out=work)  # dead: 0.0 + first / inf, where 0.0 + -0.0 is 0.0
+    p.addcmul_(direction, descend)
+
+
+def _gate(alive: Tensor, like: Tensor, *coefficients: Tensor) -> tuple[Tensor, ...]:
+    """Each [*L] where alive, else -0.0 (from a product: graph compilers take the constants -0.0 and 0.0 for the same one), spread to meet ``like``."""
+    gated = torch.where(alive, torch.stack(coefficients), alive * -1.0)
+    return _spread(gated, like[None]).unbind()
+
+
+def _spread(coefficient: Tensor, like: Tensor) -> Tensor:
+    """[*L] -> [*L, 1, ...], to meet ``like`` [*L, ...]."""
+    return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim))
+
+
+def _zeros(params: Params) -> Params:
+    return {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in params.items()}
+
+
+def _split(params: Params) -> tuple[Params, Params]:
+    """Group "rest", and the matrices."""
+    return {name: p for name, p in params.items() if name == "rest"}, {name: p for name, p in params.items() if name != "rest"}
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """[..., short, long], transposed if need be: the iteration's products are then the small ones."""
+    return matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+
+
+def _alike(matrices: Params) -> Iterable[list[str]]:
+    """The names of matrices that have one shape once they are wide, together."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, matrix in matrices.items():
+        groups.setdefault(_wide(matrix).shape, []).append(name)
+    return groups.values()
+
+
+OPTIMIZERS: dict[type, Any] = {configs.SGD: SGD, configs.Adam: Adam, configs.AdamW: AdamW, configs.Adagrad: Adagrad, configs.Muon: Muon}
+
+
+def build(config: configs.OptimizerConfig) -> Optimizer:
+    return OPTIMIZERS[type(config)](config)

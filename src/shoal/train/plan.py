@@ -1,0 +1,51 @@
+"""From wanted runs to fleets: runs of the same structure go together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+
+from shoal import tasks
+from shoal.config import RunConfig, fields_per_run, flatten, run_id
+from shoal.config.fields import ConfigError
+
+ZERO_OR_NOT = ("model.dropout", "clip")  # per-run values, but whether there is any changes the program
+
+
+def structure(run: RunConfig) -> str:
+    """Equal for runs that can share a fleet."""
+    flat, per_run = flatten(run), set(fields_per_run(run))
+    fixed = {path: value for path, value in flat.items() if path not in per_run}
+    return json.dumps(fixed | {path: flat[path] > 0 for path in ZERO_OR_NOT if path in flat}, sort_keys=True)
+
+
+def plan(runs: Iterable[RunConfig], largest: int | None = None) -> list[list[RunConfig]]:
+    """Fleets of at most ``largest`` runs, in the order of their first run; a fleet too large is cut into nearly equal parts."""
+    groups: dict[str, list[RunConfig]] = {}
+    for run in runs:
+        groups.setdefault(structure(run), []).append(run)
+    fleets = []
+    for group in groups.values():
+        count = -(-len(group) // (largest or len(group)))
+        size = -(-len(group) // count)
+        fleets += [group[start : start + size] for start in range(0, len(group), size)]
+    return fleets
+
+
+def fleet_id(runs: Sequence[RunConfig]) -> str:
+    """10 hexadecimal digits: the hash of its runs' ids, in order."""
+    return hashlib.sha256(" ".join(map(run_id, runs)).encode()).hexdigest()[:10]
+
+
+def validate(run: RunConfig) -> None:
+    """What only the task knows: which splits there are. ConfigError names the field."""
+    task = tasks.build(run.task)
+    for split in run.evaluate:
+        if split not in task.splits:
+            raise ConfigError("evaluate", f"this task has no split {split!r}; it has {', '.join(task.splits)}")
+    if run.stop_metric is not None:
+        split, _, metric = run.stop_metric.partition("/")
+        if split not in run.evaluate or metric not in ("loss", "accuracy", "exact"):
+            known = ", ".join(f"{s}/{m}" for s in run.evaluate for m in ("loss", "accuracy", "exact"))
+            raise ConfigError("stop_metric", f"{run.stop_metric!r} is not measured; possible: {known}")
