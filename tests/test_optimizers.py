@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from shoal.contracts import Optimizer, Params, State
 from shoal.train.optimizers import Muon, build, clip_scale, gradient_norm, newton_schulz
 
 R = 3
-STEPS = 40
+STEPS = 30
 ADAM = {"beta1": (0.9, 0.0, 0.8), "beta2": (0.999, 0.98, 0.5), "eps": (1e-8, 1e-3, 1e-6)}
 CASES: dict[str, tuple[configs.OptimizerConfig, dict[str, tuple[float, ...]]]] = {
     "sgd": (configs.SGD(), {"lr": (0.1, 0.03, 0.3), "wd": (0.0, 0.1, 0.01), "momentum": (0.0, 0.9, 0.5)}),
@@ -63,16 +63,21 @@ def bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int32)
 
 
-def start(case: str, updates: int = 5, dtype: torch.dtype = torch.float32, step: Callable | None = None) -> tuple[Optimizer, Params, State, dict[str, Tensor]]:
+def compile(optimizer: Optimizer) -> Callable[..., None]:
+    torch.compiler.reset()  # PyTorch keeps only a few versions of one function
+    return torch.compile(optimizer.update, fullgraph=True, dynamic=False, backend="aot_eager")
+
+
+def start(case: str, updates: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Optimizer, Params, State, dict[str, Tensor]]:
     """An optimizer some updates into a run."""
     optimizer, params, hyper = build(CASES[case][0]), draw(case, 1, dtype), hyper_of(case, dtype)
     state = optimizer.init(params)
     for s in range(updates):
-        (step or optimizer.update)(params, draw(case, 100 + s, dtype), state, hyper, torch.tensor(s), torch.ones(R, dtype=torch.bool))
+        optimizer.update(params, draw(case, 100 + s, dtype), state, hyper, torch.tensor(s), torch.ones(R, dtype=torch.bool))
     return optimizer, params, state, hyper
 
 
-def torch_optimizers(case: str, params: Params, r: int) -> list[torch.optim.Optimizer]:
+def torch_optimizers(case: str, params: Mapping[str, Tensor], r: int) -> list[torch.optim.Optimizer]:
     h = {name: values[r] for name, values in CASES[case][1].items()}
     config, betas = CASES[case][0], (h.get("beta1", 0.0), h.get("beta2", 0.0))
     everything = list(params.values())
@@ -113,7 +118,6 @@ def test_equals_torch_per_run(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @every_case
 def test_float32_follows_float64(case: str) -> None:
     _, single, _, _ = start(case, STEPS)
-    _, double, _, _ = start(case, 0, torch.float64)
     optimizer, hyper = build(CASES[case][0]), hyper_of(case, torch.float64)
     double = {name: p.double() for name, p in draw(case, 1).items()}
     state = optimizer.init(double)
@@ -140,8 +144,8 @@ def test_run_axis(case: str) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_dead_runs_keep_every_bit(case: str, backend: str) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dead_runs_keep_every_bit(case: str, compiled: bool) -> None:
     """Also -0.0, numbers near the largest, moments near the smallest, and with hyperparameters that are NaN."""
     optimizer, params, state, hyper = start(case)
     alive = torch.tensor([False, True, False])
@@ -157,12 +161,7 @@ def test_dead_runs_keep_every_bit(case: str, backend: str) -> None:
     before, moments_before = clone(params), {name: x.clone() for name, x in moments(state)}
     grads = {name: torch.where(alive.reshape(R, *(1,) * (g.ndim - 1)), g, 0.0) for name, g in draw(case, 7).items()}
     hyper = {name: torch.where(alive, h, torch.nan) for name, h in hyper.items()}
-
-    @torch.compile(fullgraph=True, backend=backend)
-    def update() -> None:
-        optimizer.update(params, grads, state, hyper, torch.tensor(5), alive)
-
-    update()
+    (compile(optimizer) if compiled else optimizer.update)(params, grads, state, hyper, torch.tensor(5), alive)
     for name, x in (*params.items(), *moments(state)):
         old = before[name] if name in before else moments_before[name]
         assert bits(x[0]).equal(bits(old[0])) and bits(x[2]).equal(bits(old[2])), name
@@ -188,8 +187,9 @@ def test_mates_do_not_notice_a_broken_run(case: str) -> None:
 
 
 @every_case
-def test_works_on_slices_of_one_buffer(case: str) -> None:
-    """The fleet's parameters are strided views; what lies between them is not touched, and the result is the same."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_works_on_slices_of_one_buffer(case: str, compiled: bool) -> None:
+    """The fleet's parameters are strided views; what lies between them is not touched, and the result is the same, compiled or not."""
     _, expected, _, hyper = start(case)
     optimizer, gap = build(CASES[case][0]), 5
     sizes = {name: p[0].numel() for name, p in expected.items()}
@@ -206,7 +206,7 @@ def test_works_on_slices_of_one_buffer(case: str) -> None:
     for name, p in draw(case, 1).items():
         params[name].copy_(p)
     state = optimizer.init(params)
-    update = torch.compile(optimizer.update, fullgraph=True, backend="aot_eager")
+    update = compile(optimizer) if compiled else optimizer.update
     for s in range(5):
         for name, g in draw(case, 100 + s).items():
             grads[name].copy_(g)
@@ -215,15 +215,6 @@ def test_works_on_slices_of_one_buffer(case: str) -> None:
         torch.testing.assert_close(p, expected[name], rtol=1e-6, atol=1e-6)
         p.fill_(7.0)
     assert (buffer == 7.0).all()
-
-
-@every_case
-def test_compiled_equals_eager(case: str) -> None:
-    _, eager, eager_state, _ = start(case)
-    compiled = torch.compile(build(CASES[case][0]).update, fullgraph=True, backend="aot_eager")
-    _, params, state, _ = start(case, step=compiled)
-    for (name, x), (_, y) in zip((*params.items(), *moments(state)), (*eager.items(), *moments(eager_state)), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_decay_of_matrices_only() -> None:
@@ -309,4 +300,4 @@ def test_clipping_per_run() -> None:
 
 def test_clip_norm_of_long_rows() -> None:
     grad = torch.rand(2, 3_000_000, generator=generator())
-    torch.testing.assert_close(gradient_norm(grad).double(), grad.double().norm(dim=-1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient_norm(grad).double(), grad.double().norm(dim=-1), rtol=1e-6, atol=0)

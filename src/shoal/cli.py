@@ -2,7 +2,7 @@
 and tells you, with statistics, what they learned.
 
   shoal list                                        the studies: their questions and presets
-  shoal run grokking --seeds 8                      train what a study wants, check its claims, write its report
+  shoal run grokking --seeds 8                      train a study's runs, check its claims, write its report
   shoal run grokking --fields                       every field of the study and its value
   shoal train gpt.yaml --optimizer.lr 3e-3          train one run that a file describes
   shoal generate runs/sanity --prompt "I love"      text from a trained run
@@ -16,8 +16,8 @@ Files     A study goes to runs/STUDY (runs/STUDY-PRESET if the preset is not the
           what was interrupted or has finished; a changed config is refused there.
 Runs      RUN is DIR or DIR:ID. Without an ID it is the best run by the study's main metric, which is
           named on standard error.
-Settings  Any field is set by its dotted path: --run.optimizer.lr 3e-3, or with =. --run.optimizer.type muon
-          changes the kind. --grid.optimizer.lr 1e-3,1e-2 trains every combination. Values are YAML:
+Settings  Any field is set by its dotted path: --run.optimizer.lr 3e-3. --run.optimizer.type muon changes
+          the kind. --grid.optimizer.lr 1e-3,1e-2 trains every combination. Values are YAML:
           --run.evaluate "[train, val]"; a flag alone means true. In `train` and `data` paths start at
           the run and at the task: --optimizer.lr 3e-3, --p 113.
 Output    Results go to standard output, progress and notes to standard error. Exit code 2: change what
@@ -32,6 +32,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import math
 import os
 import shlex
@@ -134,24 +135,19 @@ class Generate:
 
     target: ClassVar = None
     run: Annotated[Positional[str], arg(metavar="RUN")]  # DIR or DIR:ID
-    prompt: Annotated[str, arg(metavar="TEXT")]  # what the model reads first; may be empty for a model of texts
-    tokens: Annotated[int, arg(metavar="N")] = 100  # the longest continuation, in tokens
+    prompt: Annotated[str, arg(metavar="TEXT")]  # what the model reads first
+    tokens: Annotated[int, arg(metavar="N")] = 0  # how many at most; 0 = as far as the model's positions reach
     temperature: Annotated[float, arg(metavar="T")] = 0.0  # 0 = always the likeliest token
     seed: Annotated[int, arg(metavar="N")] = 0  # of the draws, at a temperature above 0
 
     def __call__(self) -> None:
-        check(self.tokens >= 1, "--tokens", f"must be 1 or more, not {self.tokens}")
+        check(self.tokens >= 0, "--tokens", f"must be 0 (as far as the positions reach) or more, not {self.tokens}")
         check(0 <= self.temperature < math.inf, "--temperature", f"must be 0 (the likeliest token) or more, not {self.temperature}")
         check(0 <= self.seed < 2**31, "--seed", f"is a whole number from 0 to 2**31 - 1, not {self.seed}")
         run = _driver().load(self.run)
         from shoal.inference import generate
 
-        try:
-            print(generate(run, self.prompt, max_tokens=self.tokens, temperature=self.temperature, seed=self.seed))
-        except ConfigError:
-            raise
-        except ValueError as error:  # characters the model does not know
-            raise ConfigError("--prompt", str(error)) from error
+        print(generate(run, self.prompt, max_tokens=self.tokens or None, temperature=self.temperature, seed=self.seed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,8 +252,9 @@ def _parse(command: Any, name: str, args: list[str]) -> Callable[..., None]:
     except SystemExit as exit:
         if not exit.code:
             raise
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines()]
-        text = " ".join(line for line in lines[1 : next((i for i, line in enumerate(lines) if line.startswith("───") or "Got errors" in line), None)] if line)
+        _title, *lines = [text for line in box.getvalue().splitlines() if (text := line.strip("│╰╯ "))]
+        body = itertools.dropwhile(lambda line: not line.strip("─-"), lines)  # a rule under the title where the terminal has no box characters
+        text = " ".join(itertools.takewhile(lambda line: line.strip("─-") and "Got errors" not in line, body))
         raise ConfigError("", f"{text.rstrip('.')}; see shoal {name} --help") from None
 
 
@@ -281,10 +278,10 @@ def _summary(module: str) -> tuple[str, list[str]]:
 
 def _print_fields(config: StudyConfig) -> None:
     per_run = set(fields_per_run(config))
-    flat = flatten(config)
+    flat = {path: value for path, value in flatten(config).items() if not path.startswith("run.seeds.")}  # a study numbers them
     width = max(map(len, flat))
     for path, value in flat.items():
-        kind = "per run" if path in per_run else "structural"
+        kind = "per run" if path in per_run else "structural" if path.startswith("run.") else "study"
         print(f"{path:{width}}  {kind:10}  {value}")
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's odd increment, as a signed 64-bit integer
+_SALT = 0x2545F491
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
@@ -39,7 +40,7 @@ def _signed(x: int) -> int:
 
 def fold(key: Tensor, data: Tensor | int) -> Tensor:
     """A new key from a key and an integer (or integer tensor that broadcasts with it)."""
-    jump = (data + 1) * _GOLDEN
+    jump = (data ^ _SALT) * _GOLDEN  # without the xor torch 2.11's compiler takes an arange times a large constant for 32-bit index arithmetic
     return _mix(key + (_signed(jump) if isinstance(jump, int) else jump))
 
 

@@ -46,13 +46,9 @@ def load_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Ru
 def structure(cls: type[C], data: Any, source: str = "", lines: Mapping[str, int] | None = None) -> C:
     """Nested plain values -> a config. ``source`` and ``lines`` (path -> line) say in an error where the value stands."""
     try:
-        config = _structure(data, cls)
-        return _checked_grid(config) if isinstance(config, StudyConfig) else config
+        return _structure(data, cls)
     except _Problems as found:
-        problems = found.problems
-    except ConfigError as found:
-        problems = [found]
-    placed = [(_line(p.path, lines or {}), p) for p in problems]
+        placed = [(_line(problem.path, lines or {}), problem) for problem in found.problems]
     line, first = min(placed, key=lambda p: p[0])
     where = ": ".join(filter(None, [f"{source}:{line}" if line and source else source, first.path]))
     raise ConfigError(where, first.message)
@@ -215,7 +211,8 @@ class _Problems(Exception):
 
 def _structure(data: Any, hint: Any, path: str = "") -> Any:
     try:
-        return _converter().structure(data, hint)
+        config = _converter().structure(data, hint)
+        return _checked_grid(config) if hint is StudyConfig else config
     except (BaseValidationError, ConfigError) as error:
         raise _Problems(list(_problems(error, path))) from None
 
@@ -273,13 +270,20 @@ def _converter() -> Converter:
     converter.register_structure_hook_factory(dataclasses.is_dataclass, lambda t, c: _guarded(dict, make_dict_structure_fn(t, c)))
     converter.register_structure_hook_factory(lambda t: len(_configs(t)) > 1, _tagged)
     converter.register_structure_hook_factory(lambda t: _is_union(t) and NoneType in get_args(t), _optional)  # asked first: the last one registered
-    converter.register_unstructure_hook_factory(lambda t: len(_configs(t)) > 1, lambda _, c: lambda v: v and {"type": type_name(type(v))} | c.unstructure(v, type(v)))
+    converter.register_unstructure_hook_factory(
+        lambda t: len(_configs(t)) > 1, lambda _, c: lambda v: v and {"type": type_name(type(v))} | c.unstructure(v, type(v))
+    )
     return converter
+
+
+def _unexpected(value: Any, hint: Any, fix: str = "") -> ConfigError:
+    return ConfigError("", f"expected {_describe(hint)}, not {_show(value)}{fix}")
 
 
 def _exactly(kind: type) -> Any:
     def hook(value: Any, hint: Any) -> Any:
-        check(isinstance(value, kind), "", f"expected {_describe(hint)}, not {_show(value)}")
+        if not isinstance(value, kind):
+            raise _unexpected(value, hint)
         return value
 
     return hook
@@ -287,24 +291,24 @@ def _exactly(kind: type) -> Any:
 
 def _float(value: Any, hint: Any) -> float:
     number = float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
-    check(isinstance(number, int | float) and not isinstance(number, bool), "", f"expected {_describe(hint)}, not {_show(value)}")
-    check(abs(number) <= sys.float_info.max, "", f"expected a finite number, not {_show(value)}")  # false for nan, inf, integers no float holds
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise _unexpected(value, hint)
+    check(abs(number) <= sys.float_info.max, "", f"expected a finite number, not {_show(value)}")  # false for nan, inf and integers no float holds
     return float(number)
 
 
 def _int(value: Any, hint: Any) -> int:
-    whole = float(value) if isinstance(value, float) or (isinstance(value, str) and _EXPONENT.fullmatch(value)) else math.nan
-    fix = f"; write {int(whole)}" if abs(whole) < 2**53 and whole.is_integer() else ""
-    check(isinstance(value, int) and not isinstance(value, bool), "", f"expected {_describe(hint)}, not {_show(value)}{fix}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        whole = float(value) if isinstance(value, float) or (isinstance(value, str) and _EXPONENT.fullmatch(value)) else math.nan
+        raise _unexpected(value, hint, f"; write {int(whole)}" if abs(whole) < 2**53 and whole.is_integer() else "")
     check(-(2**63) <= value < 2**63, "", f"expected a whole number of at most 64 bits, not {_show(value)}")
     return value
 
 
 def _choice(value: Any, hint: Any) -> Any:
-    choices = get_args(hint)
-    near = difflib.get_close_matches(str(value), map(str, choices), n=1)
-    check(any(value is c or (type(value) is type(c) and value == c) for c in choices), "",
-          f"expected {_describe(hint)}, not {_show(value)}" + (f"; did you mean {near[0]}?" if near else ""))  # fmt: skip
+    if not any(type(value) is type(choice) and value == choice for choice in get_args(hint)):
+        near = difflib.get_close_matches(str(value), map(str, get_args(hint)), n=1)
+        raise _unexpected(value, hint, f"; did you mean {near[0]}?" if near else "")
     return value
 
 
@@ -312,8 +316,8 @@ def _guarded(kind: type, inner: Any) -> Any:
     """Only a list or a mapping gets to cattrs, which would take a text apart into letters."""
 
     def hook(value: Any, hint: Any) -> Any:
-        example = f"; write [{value}]" if kind is list and isinstance(value, str | int | float) else ""
-        check(isinstance(value, kind), "", f"expected {_describe(hint)}, not {_show(value)}{example}")
+        if not isinstance(value, kind):
+            raise _unexpected(value, hint, f"; write [{value}]" if kind is list and isinstance(value, str | int | float) else "")
         return inner(value, hint)
 
     return hook

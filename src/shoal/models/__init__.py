@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from shoal.config.models import DecoderConfig, EmbeddingMLPConfig, ModelConfig
 from shoal.models.decoder import Decoder
 from shoal.models.embedding_mlp import EmbeddingMLP
@@ -11,9 +9,9 @@ from shoal.models.embedding_mlp import EmbeddingMLP
 AnyModel = Decoder | EmbeddingMLP
 
 
-def build(config: ModelConfig, vocab_size: int, max_length: int, lead: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> AnyModel:
+def build(config: ModelConfig, vocab_size: int, max_length: int, lead: tuple[int, ...] = ()) -> AnyModel:
     """A model with empty parameters; ``shoal.nn.initialise`` fills them."""
-    return MODELS[type(config)](config, vocab_size, max_length, lead, dtype)
+    return MODELS[type(config)](config, vocab_size, max_length, lead)
 
 
 MODELS = {DecoderConfig: Decoder, EmbeddingMLPConfig: EmbeddingMLP}

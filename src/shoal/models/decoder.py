@@ -72,9 +72,9 @@ def _norm(config: DecoderConfig, lead: tuple[int, ...]) -> nn.Module:
 class Decoder(nn.Module):
     rate: Tensor | None  # float32 [*L] dropout; None when no run drops anything
 
-    def __init__(self, config: DecoderConfig, vocab_size: int, max_length: int, lead: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: DecoderConfig, vocab_size: int, max_length: int, lead: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.config, self.vocab_size, self.max_length, self.dtype = config, vocab_size, max_length, dtype
+        self.config, self.vocab_size, self.max_length = config, vocab_size, max_length
         self.embedding = Embedding(vocab_size, config.width, lead=lead)
         self.position = Embedding(max_length, config.width, lead=lead) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, index, lead) for index in range(config.num_layers))
@@ -83,9 +83,9 @@ class Decoder(nn.Module):
         self.register_buffer("rate", torch.full(lead, config.dropout) if config.dropout > 0 else None, persistent=False)
 
     def forward(self, tokens: Tensor, context: Context = Context(), cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
-        """int64 [*L, B, T] -> hidden [*L, B, S, D] in the compute dtype, and the cache after these tokens."""
+        """int64 [*L, B, T] -> hidden [*L, B, S, D] and the cache after these tokens."""
         x = self.embedding(tokens) + self._position_vectors(tokens, context, cache)
-        x = dropout(x.to(self.dtype), context.key, self.rate, 0)
+        x = dropout(x, context.key, self.rate, 0)
         caches = []
         for index, block in enumerate(self.blocks):
             last = index == len(self.blocks) - 1
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         return self.norm(x), None if cache is None else Cache(cache.used + tokens.shape[-1], tuple(caches))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[*L, B, S, D] -> [*L, B, S, V] in the compute dtype."""
+        """[*L, B, S, D] -> [*L, B, S, V]."""
         return linear(hidden, self.embedding.weight.mT) if self.head is None else self.head(hidden)
 
     def _position_vectors(self, tokens: Tensor, context: Context, cache: Cache | None) -> Tensor | float:
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
             positions = torch.arange(time, device=tokens.device) + (0 if cache is None else cache.used)
         if self.position is not None:
             return self.position(positions.expand(tokens.shape))
-        return sinusoidal(positions, self.config.width)
+        return sinusoidal(positions, self.config.width).to(self.embedding.weight.dtype)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         return Cache(torch.zeros((), dtype=torch.int64, device=self.embedding.weight.device), tuple(block.mixer.init_cache(batch, length) for block in self._blocks))

@@ -19,9 +19,9 @@ from shoal.nn.init import Distribution
 
 
 class EmbeddingMLP(nn.Module):
-    def __init__(self, config: EmbeddingMLPConfig, vocab_size: int, max_length: int, lead: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: EmbeddingMLPConfig, vocab_size: int, max_length: int, lead: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.config, self.vocab_size, self.max_length, self.dtype = config, vocab_size, max_length, dtype
+        self.config, self.vocab_size, self.max_length = config, vocab_size, max_length
         self.embedding = Embedding(vocab_size, config.embedding, lead=lead)
         widths = (config.num_inputs * config.embedding, *config.hidden)
         self.hidden = nn.ModuleList(Linear(a, b, bias=False, lead=lead) for a, b in zip(widths, widths[1:], strict=False))
@@ -29,7 +29,7 @@ class EmbeddingMLP(nn.Module):
 
     def forward(self, tokens: Tensor, context: Context = Context(), cache: None = None) -> tuple[Tensor, None]:
         """int64 [*L, B, T] -> hidden [*L, B, 1, F]."""
-        x = self.embedding(tokens[..., : self.config.num_inputs]).to(self.dtype).flatten(-2).unsqueeze(-2)
+        x = self.embedding(tokens[..., : self.config.num_inputs]).flatten(-2).unsqueeze(-2)
         for layer in self.hidden:
             x = torch.relu(layer(x))
         return x, None

@@ -1,7 +1,7 @@
 """Layers with an optional leading run axis: parameters ``[*L, in, out]``, activations ``[*L, B, T, D]``.
 
 L is ``(R,)`` in a fleet, ``(1,)`` for a fleet of one, ``()`` for a run taken out of its fleet. This is the only room that looks at
-L. Parameters are float32 and are used in the dtype of the activations. They are made empty: ``shoal.nn.init`` fills them.
+L. Activations have the dtype of the parameters. Those are made empty: ``shoal.nn.init`` fills them.
 
     Linear(128, 512, lead=(64,))(torch.randn(64, 32, 10, 128))     # [64, 32, 10, 512], every run with its own weights
 """
@@ -29,14 +29,11 @@ class Linear(nn.Module):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[*L, ..., in], [*L, in, out], [*L, out] -> [*L, ..., out]: one product over all leading dimensions."""
-    weight = weight.to(x.dtype)
     num_in, num_out = weight.shape[-2:]
-    rows = x.reshape(*weight.shape[:-2], -1, num_in)
-    if weight.dim() == 2:
-        y = rows @ weight if bias is None else torch.addmm(bias.to(x.dtype), rows, weight)
-    else:
-        y = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.to(x.dtype).unsqueeze(-2), rows, weight)
-    return y.reshape(*x.shape[:-1], num_out)
+    y = x.reshape(*weight.shape[:-2], -1, num_in) @ weight
+    if bias is not None:
+        y.add_(bias.unsqueeze(-2))  # not baddbmm, which first writes the bias out over all rows (on one H100 an eighth of a step); this one fuses
+    return y.view(*x.shape[:-1], num_out)
 
 
 def joint_linear(x: Tensor, layers: list[Linear]) -> tuple[Tensor, ...]:
@@ -55,7 +52,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(*lead, num_rows, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [*L, B, T] -> float32 [*L, B, T, D]."""
+        """int64 [*L, B, T] -> [*L, B, T, D]."""
         if tokens.is_cuda:
             return _Lookup.apply(tokens, self.weight)  # pyright: ignore[reportReturnType]
         return _lookup(tokens, self.weight)
@@ -117,7 +114,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dim() == 1:
-            return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         y = F.layer_norm(x, self.weight.shape[-1:], eps=self.eps)
         return torch.addcmul(_beside(self.bias, y), y, _beside(self.weight, y))
 
@@ -135,9 +132,9 @@ class RMSNorm(nn.Module):
 
 
 def _beside(vector: Tensor, x: Tensor) -> Tensor:
-    """[*L, D] in x's dtype, shaped to broadcast with x [*L, ..., D]."""
+    """[*L, D], shaped to broadcast with x [*L, ..., D]."""
     lead = vector.dim() - 1
-    return vector.to(x.dtype).view(*vector.shape[:lead], *[1] * (x.dim() - lead - 1), vector.shape[-1])
+    return vector.view(*vector.shape[:lead], *[1] * (x.dim() - lead - 1), vector.shape[-1])
 
 
 def select(x: Tensor, at: Tensor | slice | None) -> Tensor:

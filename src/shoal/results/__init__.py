@@ -1,7 +1,7 @@
 """Rows, and what follows from them: the store, statistics, claims, figures and the report. Knows numbers, never models.
 
-    rows = Store.read("runs/grokking").rows()
-    times, observed = rows.reached("val/accuracy", 0.99)
+rows = Store.read("runs/grokking").rows()
+times, observed = rows.reached("val/accuracy", 0.99)
 """
 
 from shoal.results.claims import Claim, Sample, Verdict, fingerprint, judge

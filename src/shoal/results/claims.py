@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 
 from shoal.results import statistics
 from shoal.results.rows import Rows
+from shoal.results.wording import interval, number
 
 CONFIDENCE = 0.95
 RULES = {
@@ -90,8 +91,8 @@ def judge(claim: Claim, rows: Rows, confidence: float = CONFIDENCE) -> Verdict:
 
     def verdict(word: Literal["held", "not held", "undecided"], estimate: statistics.Estimate, note: str) -> Verdict:
         kind = RULES.get(estimate.kind, estimate.kind)
-        inside = f"at least {low:g}" if high == math.inf else f"at most {high:g}" if low == -math.inf else f"within [{low:g}, {high:g}]"
-        rule = f"held if the {confidence:.0%} interval is {inside}, not held if outside" + (f"; {kind}" if kind else "")
+        inside = f"at least {number(low)}" if high == math.inf else f"at most {number(high)}" if low == -math.inf else f"within {interval(low, high)}"
+        rule = f"held if the {100 * confidence:g} % interval is {inside}, not held if outside" + (f"; {kind}" if kind else "")
         return Verdict(
             claim=claim.text, verdict=word, value=estimate.value, interval=[estimate.low, estimate.high], n=estimate.n, rule=rule, note=note, holds=[low, high]
         )

@@ -1,7 +1,7 @@
 """Figures as functions of rows, drawn as small SVG: the same rows give the same bytes, on any machine with the same matplotlib.
 
-Makers for what most studies need: curves (median line, band, single runs), survival (share of runs not there yet), dots (one dot a run). A study's own figure is a
-function Rows -> matplotlib Figure made with ``canvas``. No pyplot, and matplotlib's settings are changed only while drawing.
+Makers for what most studies need: curves (median line, band, single runs), survival (share of runs not there yet), dots (one dot a run). A study's own
+figure is a function Rows -> matplotlib Figure made with ``canvas``. No pyplot, and matplotlib's settings are changed only while drawing.
 
     curves(("train/accuracy", "val/accuracy"), by=("optimizer.wd",), logx=True, threshold=0.99).svg(rows)    # text of an SVG file
 """
@@ -13,7 +13,9 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
 import matplotlib
 import numpy as np
@@ -21,7 +23,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from shoal.results.rows import Rows, lower_is_better
@@ -32,16 +34,17 @@ TRAIN, VAL, TEST = "#d9730d", "#1667b0", "#12836b"  # told apart with every comm
 PALETTE = (VAL, TRAIN, TEST, "#b8417f", "#7a5cc9", "#8c7a1f", "#3fa7d6", "#5b6470")
 INK, MUTED, GRID = "#1d2530", "#66707d", "#e3e7ec"
 SPLITS = {"train": ("training", TRAIN), "val": ("validation", VAL), "test": ("test", TEST), "batch": ("training batches", "#9aa3ad")}
-SINGLE_RUNS = 8  # up to so many runs of a group are drawn one by one too
-POINTS, BUDGET = 400, 6000  # points per line at most, and of all lines together: keeps a file below 200 kB
-PANELS = 12
-WIDTH = 7.2  # inches
+SINGLE_RUNS, SINGLE_LINES = 8, 48  # up to so many runs of a group are drawn one by one too, while there are not more such lines in all
+POINTS, BUDGET = 400, 5000  # points per line at most, and of all lines together: keeps a file below 200 kB
+PANELS, DOTS = 12, 1000
+WIDTH = 8.2  # inches
 STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "shoal", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9.5, "axes.titlesize": 9.5, "axes.titlelocation": "left",
-    "axes.titlecolor": INK, "axes.labelcolor": MUTED, "axes.labelsize": 9, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5, "axes.edgecolor": "#b6bec8", "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7, "xtick.major.size": 3, "ytick.major.size": 0, "xtick.minor.size": 0, "legend.frameon": False,
-    "legend.fontsize": 8.8, "legend.handlelength": 1.6, "lines.linewidth": 1.9, "lines.solid_capstyle": "round", "figure.facecolor": "white", "figure.dpi": 100, "text.parse_math": False,
+    "svg.hashsalt": "shoal", "svg.fonttype": "path", "text.parse_math": False, "figure.facecolor": "white", "figure.dpi": 100,
+    "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK, "legend.frameon": False, "legend.fontsize": 8.8, "legend.handlelength": 1.6,
+    "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titlecolor": INK, "axes.labelcolor": MUTED, "axes.labelsize": 9, "axes.edgecolor": "#b6bec8",
+    "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": GRID, "grid.linewidth": 0.7, "lines.linewidth": 1.9, "lines.solid_capstyle": "round",
+    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "xtick.major.size": 3, "ytick.major.size": 0,
 }  # fmt: skip
 
 
@@ -52,7 +55,7 @@ class Figure:
     caption: str = ""
 
     def svg(self, rows: Rows) -> str:
-        """The text of an SVG file: no date, no metadata, no address outside itself; ids begin with the figure's name, so several fit in one page."""
+        """The text of an SVG file: no date, no metadata, no address outside itself; ids begin with a hash of the figure's name, so several fit in one page."""
         with style.context("default"), matplotlib.rc_context(STYLE):
             sink = io.StringIO()
             drawing = self.draw(rows)
@@ -60,8 +63,8 @@ class Figure:
         text = sink.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # a hundredth of a point is enough
-        prefix = re.sub(r"\W", "-", self.name)
-        text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
+        text = re.sub(r"\n\s+", "\n", text.replace("DejaVuSans-", "g"))
+        text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>f{crc32(self.name.encode()):08x}", text)
         return re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.S).replace("<svg ", '<svg stroke-linejoin="round" stroke-linecap="butt" ', 1)
 
 
@@ -89,7 +92,7 @@ def curves(
     name: str | None = None,
     caption: str | None = None,
 ) -> Figure:
-    """Metrics over steps: the median over runs as a line, their range as a band, and up to 8 runs of a group as thin lines.
+    """Metrics over steps: median over runs (line), range (band), up to 8 runs of a group as thin lines; past 8 groups in a panel medians only.
 
     Several metrics: one panel for every combination of the values of ``by``, coloured by metric. One metric: one panel, coloured by combination.
     A run that ended keeps its last value (stopped runs have converged, dead ones are frozen), so the median is over all runs at every step; an
@@ -104,11 +107,14 @@ def curves(
         groups = rows.groups(by)
         panels = groups[:PANELS] if len(shown) > 1 else [({}, rows)]
         columns = 1 if len(panels) == 1 else 2 if len(panels) in (2, 4) else 3
-        drawing, axes = canvas(3.7 if len(panels) == 1 else 0.7 + 2.3 * math.ceil(len(panels) / columns), columns, math.ceil(len(panels) / columns))
+        tall, bands = math.ceil(len(panels) / columns), len(shown) > 1 or len(groups) <= len(PALETTE)
+        log = logx and any((steps > 0).any() for metric in shown for steps, _ in rows.curve(metric))
+        drawing, axes = canvas(0.7 + 2.3 * tall if tall * columns > 1 else 3.7 if bands else 3.7 + 0.1 * len(groups), columns, tall)
         for spare in axes[len(panels) :]:
             spare.set_axis_off()
         lines = len(shown) * len(panels) if len(shown) > 1 else len(groups)
-        num_single = sum(len(part) for _, part in groups if len(part) <= SINGLE_RUNS) * len(shown)
+        num_single = len(shown) * sum(len(part) for _, part in groups if len(part) <= SINGLE_RUNS)
+        num_single = num_single if bands and num_single <= SINGLE_LINES else 0
         points = int(np.clip(BUDGET / (3 * lines + num_single), 25, POINTS))
         for axis, (values, part) in zip(axes, panels, strict=False):
             if len(shown) > 1:
@@ -116,25 +122,34 @@ def curves(
                 count = plural(len(part), "run")
                 axis.set_title(f"{setting(values)}  (n = {len(part)})" if values else count)
             else:
-                pieces = [(shown[0], some, f"{setting(v) or _named(shown[0])[0]} (n = {len(some)})", colour) for (v, some), colour in zip(groups, _colours(len(groups)), strict=True)]
+                pieces = [
+                    (shown[0], some, f"{setting(v) or _named(shown[0])[0]} (n = {len(some)})", colour)
+                    for (v, some), colour in zip(groups, _colours(len(groups)), strict=True)
+                ]
             for metric, some, label, colour in pieces:
-                _band(axis, some, metric, label, colour, logx, points)
-            _scales(axis, logx, logy, shown)
+                _lines(axis, some, metric, label, colour, log, points, bands, num_single > 0)
+            _scales(axis, log, logy, shown)
             if threshold is not None:
                 axis.axhline(threshold, color=MUTED, linewidth=0.9, dashes=(4, 3), zorder=1.5)
-                axis.annotate(number(threshold), (1, threshold), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points", color=MUTED, fontsize=8, va="center")
+                axis.text(1.01, threshold, number(threshold), transform=axis.get_yaxis_transform(), color=MUTED, fontsize=8, va="center")
         for i, axis in enumerate(axes[: len(panels)]):
             axis.set_xlabel("steps" if i >= len(panels) - columns else "")
             axis.set_ylabel((ylabel or _common(shown)) if i % columns == 0 else "")
             axis.tick_params(labelbottom=i >= len(panels) - columns)
         _legend(drawing, axes[0])
+        if len(shown) > 1 and len(groups) > len(panels):
+            drawing.supxlabel(f"the first {len(panels)} of {len(groups)} settings", fontsize=8.5, color=MUTED)
         return drawing
 
-    default = f"Median over runs (line) and range (band: all runs up to {SINGLE_RUNS} a group, 10 to 90 % of them above); a run that ended keeps its last value."
+    default = (
+        f"Median over runs (line) and range (band: all runs up to {SINGLE_RUNS} a group, 10 to 90 % of them above); a run that ended keeps its last value."
+    )
     return Figure(name or _slug(*wanted, *by), draw, default if caption is None else caption)
 
 
-def survival(metric: str, threshold: float, *, by: Sequence[str] = (), sustained: int = 5, logx: bool = True, name: str | None = None, caption: str | None = None) -> Figure:
+def survival(
+    metric: str, threshold: float, *, by: Sequence[str] = (), sustained: int = 5, logx: bool = True, name: str | None = None, caption: str | None = None
+) -> Figure:
     """Share of runs that have not yet reached the threshold, over steps (Kaplan-Meier), with the 95 % band; a tick is a run last seen, not there yet."""
 
     def draw(rows: Rows) -> Drawing:
@@ -145,26 +160,29 @@ def survival(metric: str, threshold: float, *, by: Sequence[str] = (), sustained
         timed = [(values, *part.reached(metric, threshold, sustained)) for values, part in groups]
         last = max(float(times.max()) for _, times, _ in timed)
         first = min([float(t) for _, times, _ in timed for t in times if t > 0], default=1.0)
+        log = logx and last > 0
         for (values, times, observed), colour in zip(timed, _colours(len(groups)), strict=True):
             t, share, low, high = kaplan_meier(times, observed)
             estimate = survival_median(times, observed)
             median = number(estimate.value) if math.isfinite(estimate.value) else "not reached"
             t, share, low, high = (np.append(x, x[-1]) for x in (t, share, low, high))
             t[-1] = last
-            t = np.maximum(t, first / 2) if logx else t
+            t = np.maximum(t, first / 2) if log else t
             if len(groups) <= 3:
                 axis.fill_between(t, low, high, step="post", color=colour, alpha=0.13, linewidth=0)
             axis.step(t, share, where="post", color=colour, label=f"{setting(values) or 'all runs'}: {int(observed.sum())} of {len(times)}, median {median}")
-            seen = np.unique(np.maximum(times[~observed], first / 2))
+            seen = np.unique(np.maximum(times[~observed], first / 2 if log else 0))
             axis.plot(seen, share[np.searchsorted(t[:-1], seen, side="right") - 1], linestyle="", marker="|", markersize=8, color=colour)
-        _scales(axis, logx, False, ["share"])
-        axis.set_xlim(first * 0.8 if logx else 0, last * (1.08 if logx else 1.02))
+        _scales(axis, log, False, ["share"])
+        axis.set_xlim(first * 0.8 if log else 0, max(last, 1.0) * (1.08 if log else 1.02))
         axis.set_xlabel("steps")
         axis.set_ylabel(f"share of runs not yet at {number(threshold)}")
         _legend(drawing, axis)
         return drawing
 
-    default = f"Runs not yet at {metric} {'≤' if lower_is_better(metric) else '≥'} {number(threshold)} (Kaplan-Meier, 95 % band); | marks runs last seen without it."
+    default = (
+        f"Runs not yet at {metric} {'≤' if lower_is_better(metric) else '≥'} {number(threshold)} (Kaplan-Meier, 95 % band); | marks runs last seen without it."
+    )
     return Figure(name or _slug("survival", metric, *by), draw, default if caption is None else caption)
 
 
@@ -176,23 +194,27 @@ def dots(metric: str, *, by: Sequence[str] = (), which: str = "final", name: str
         groups = [(values, part, x[np.isfinite(x)]) for values, part, x in groups if np.isfinite(x).any()]
         if not groups:
             return nothing(f"no values of {metric} yet")
-        drawing, (axis,) = canvas(0.9 + 0.36 * len(groups))
-        spread = max(float(np.concatenate([x for _, _, x in groups]).max() - np.concatenate([x for _, _, x in groups]).min()), 1e-12)
+        drawing, (axis,) = canvas(0.9 + (0.36 if len(groups) <= 12 else 0.22) * len(groups))
+        every = np.concatenate([x for _, _, x in groups])
+        one_in = math.ceil(every.size / DOTS)
         for place, (_, _, x) in enumerate(groups):
-            axis.plot(x, place + _pile(x / spread), linestyle="", marker="o", markersize=4.5, color=VAL, alpha=0.55, markeredgewidth=0)
+            shown = np.sort(x)[::one_in]
+            axis.plot(
+                shown, place + _pile(shown / max(np.ptp(every), 1e-12)), linestyle="", marker="o", markersize=4.5, color=VAL, alpha=0.55, markeredgewidth=0
+            )
             axis.plot([np.median(x)] * 2, [place - 0.34, place + 0.34], color=TRAIN, linewidth=2.2, label="median" if place == 0 else None)
         labels = [f"{setting(values) or 'all runs'}  (n = {len(x)}{f' of {len(part)}' if len(part) > len(x) else ''})" for values, part, x in groups]
         axis.set_yticks(range(len(groups)), labels)
         axis.set_ylim(len(groups) - 0.4, -0.6)
         axis.grid(axis="y", visible=False)
-        axis.set_xlabel(f"{which} {metric}")
+        axis.set_xlabel(f"{which} {metric}" + (f" (one dot in {one_in} shown)" if one_in > 1 else ""))
         _legend(drawing, axis)
         return drawing
 
     return Figure(name or _slug("dots", metric, *by), draw, f"Each dot is one run's {which} {metric}." if caption is None else caption)
 
 
-def _band(axis: Axes, rows: Rows, metric: str, label: str, colour: Any, logx: bool, points: int) -> None:
+def _lines(axis: Axes, rows: Rows, metric: str, label: str, colour: Any, logx: bool, points: int, band: bool, single: bool) -> None:
     lines = [(row, *row.curve(metric)) for row in rows]
     lines = [(row, steps, values) for row, steps, values in lines if steps.size]
     if not lines:
@@ -202,10 +224,13 @@ def _band(axis: Axes, rows: Rows, metric: str, label: str, colour: Any, logx: bo
     table = np.stack([_carried(grid, s, v, ends=row["status"] != "running") for row, s, v in lines])  # [n, points]
     known = ~np.isnan(table).all(axis=0)
     grid, table = grid[known], table[:, known]
+    axis.plot(grid, np.nanmedian(table, axis=0), color=colour, label=label, zorder=3)
+    if not band:
+        return
     if len(lines) <= SINGLE_RUNS:
         for (row, s, _), line in zip(lines, table, strict=True):
             own = grid <= s[-1]
-            if len(lines) > 1:
+            if single and len(lines) > 1:
                 axis.plot(grid[own], line[own], color=colour, linewidth=0.7, alpha=0.45)
             if row["status"] == "dead" and own.any():
                 axis.plot(grid[own][-1:], line[own][-1:], marker="x", markersize=6, markeredgewidth=1.5, color=colour, linestyle="", zorder=4)
@@ -213,7 +238,6 @@ def _band(axis: Axes, rows: Rows, metric: str, label: str, colour: Any, logx: bo
     else:
         low, high = np.nanquantile(table, [0.1, 0.9], axis=0)
     axis.fill_between(grid, low, high, color=colour, alpha=0.14, linewidth=0)
-    axis.plot(grid, np.nanmedian(table, axis=0), color=colour, label=label, zorder=3)
 
 
 def _carried(grid: NDArray[np.int64], steps: NDArray[np.int64], values: NDArray[np.float64], ends: bool) -> NDArray[np.float64]:
@@ -235,7 +259,7 @@ def _pile(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Heights that keep dots of nearly the same value apart: 0, +1, -1, +2, ... steps, scaled to stay within the line."""
     heights, order = np.zeros(x.size), np.argsort(x, kind="stable")
     rank = 0
-    for before, here in zip(order[:-1], order[1:], strict=True):
+    for before, here in pairwise(order):
         rank = rank + 1 if x[here] - x[before] < 0.012 else 0
         heights[here] = (rank + 1) // 2 * (1 if rank % 2 else -1)
     return heights * min(0.09, 0.32 / max(np.abs(heights).max(initial=1), 1))
@@ -246,14 +270,14 @@ def _scales(axis: Axes, logx: bool, logy: bool, shown: Sequence[str]) -> None:
         axis.set_xscale("log")
         low, high = axis.get_xlim()
         axis.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 300 else (1.0, 2.0, 5.0)))
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_minor_locator(NullLocator())
     else:
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
     if logy:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_locator(NullLocator())
     elif all(name.endswith(("accuracy", "exact", "share")) for name in shown):
         axis.set_ylim(-0.02, 1.04)
         axis.set_yticks(np.linspace(0, 1, 6))

@@ -21,7 +21,7 @@ from shoal.results.claims import Claim, judge
 from shoal.results.figures import Figure
 from shoal.results.rows import Rows
 from shoal.results.store import Store, write_atomic, write_json
-from shoal.results.wording import duration, interval, number, plural
+from shoal.results.wording import NOTHING, duration, interval, magnitude, number
 
 APART = ("study", "question", "config", "claims", "command", "preset")  # of study.yaml, told in their own places
 
@@ -56,7 +56,9 @@ def write_report(
         "planned": store.record.get("num_runs"),
         "summary": tables.summary(rows, table, verdicts, main_metric),
         "notes": [notes] if isinstance(notes, str) else list(notes),
-        "claims": [(verdict, tables.bar(verdict, tables.scale([verdict["value"], *verdict["interval"], *verdict["holds"]]), verdict["holds"])) for verdict in verdicts],
+        "claims": [
+            (verdict, tables.bar(verdict, tables.scale([verdict["value"], *verdict["interval"], *verdict["holds"]]), verdict["holds"])) for verdict in verdicts
+        ],
         "main": tables.main_key(main_metric)[1],
         "results": [(line, tables.bar(line["mean"], span)) for line in table],
         "span": span,
@@ -82,8 +84,13 @@ def result_records(rows: Rows) -> list[dict[str, Any]]:
     for row in rows:
         keys = list(row)
         record = {key: row.get(key) for key in ("id", "fleet", "status", "steps", "seconds", "parameters")}
-        record |= {"seeds": {path.removeprefix("seeds."): row[path] for path in keys if path.startswith("seeds.")}, "config": {path: row.get(path) for path in paths}}
-        records.append(record | {kind: {key.removeprefix(f"{kind}."): row[key] for key in keys if key.startswith(f"{kind}.")} for kind in ("flops", "final", "best")})
+        record |= {
+            "seeds": {path.removeprefix("seeds."): row[path] for path in keys if path.startswith("seeds.")},
+            "config": {path: row.get(path) for path in paths},
+        }
+        records.append(
+            record | {kind: {key.removeprefix(f"{kind}."): row[key] for key in keys if key.startswith(f"{kind}.")} for kind in ("flops", "final", "best")}
+        )
     return records
 
 
@@ -104,16 +111,18 @@ def _command(store: Store, study_name: str) -> str:
 
 
 def _environment(html: bool) -> Environment:
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "duration": duration, "plural": plural, "cell": _cell, "svg": Markup, "estimate": _estimate}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "duration": duration, "magnitude": magnitude, "cell": _cell, "svg": Markup, "estimate": _estimate}
     environment.globals |= {"interval": interval, "status_words": tables.STATUS_WORDS}
     return environment
 
 
 def _estimate(estimate: Any) -> str:
-    """[low, high], or a dash where nothing bounds the value."""
-    low, high = (estimate["interval"] if isinstance(estimate, Mapping) else (estimate.low, estimate.high))
-    return interval(low, high) if math.isfinite(low) or math.isfinite(high) else "–"
+    """[low, high], or a dash where nothing bounds the value (times are above 0 anyway)."""
+    low, high = estimate["interval"] if isinstance(estimate, Mapping) else (estimate.low, estimate.high)
+    return NOTHING if low in (-math.inf, 0) and high == math.inf else interval(low, high)
 
 
 def _cell(text: Any) -> str:

@@ -2,8 +2,9 @@
 
 A row's keys: "id", "fleet", "status" (finished = stop rule met, completed = all steps made, dead = loss or gradient not finite, running), "steps" (made),
 "seconds", every path of the flat config ("optimizer.lr"; where a path has the name of another key, as the budget "steps" has, it is "config.steps"),
-"parameters", "flops.<part>", "final.<metric>" (last value), "best.<metric>" (lowest loss, highest of all else), "data" (dict), "measures" (name -> list of dict).
-Metric columns are read from the parquet parts when first asked for, one column at a time, and kept. Not here: any statistics.
+"parameters", "flops.<part>", "final.<metric>" (last value), "best.<metric>" (lowest loss, highest of all else), "data" (dict),
+"measures" (name -> list of dict). Metric columns are read from the parquet parts
+when first asked for, one column at a time, and kept. Not here: any statistics.
 
     rows.where({"task.p": 97}).column("final.val/accuracy")       # float [n]
     rows.reached("val/accuracy", 0.99)                            # (times [n], observed [n])

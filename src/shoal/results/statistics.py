@@ -33,14 +33,18 @@ class Estimate:
     note: str = ""
 
     def within(self, low: float, high: float) -> Estimate:
-        """The interval cut to what is possible (an accuracy lies in [0, 1]): the coverage stays, since the true value lies there."""
+        """The interval cut to what is possible (an accuracy lies in [0, 1]): the coverage stays, since the true value lies there. No interval stays none."""
+        if math.isinf(self.low) and math.isinf(self.high):
+            return self
         return Estimate(self.kind, self.value, max(self.low, low), min(self.high, high), self.n, self.note)
 
 
 def _vector(values: ArrayLike) -> NDArray[np.float64]:
     x = np.asarray(values, dtype=np.float64).ravel()
     if np.isnan(x).any():
-        raise ValueError(f"{int(np.isnan(x).sum())} of {x.size} values are missing (NaN); leave those runs out by a rule stated beforehand, or count them as failures")
+        raise ValueError(
+            f"{int(np.isnan(x).sum())} of {x.size} values are missing (NaN); leave those runs out by a rule stated beforehand, or count them as failures"
+        )
     return x
 
 
@@ -76,7 +80,7 @@ def proportion(successes: int, n: int, confidence: float = 0.95) -> Estimate:
     tail = (1 - confidence) / 2
     low = float(stats.beta.ppf(tail, successes, n - successes + 1)) if successes else 0.0
     high = float(stats.beta.ppf(1 - tail, successes + 1, n - successes)) if successes < n else 1.0
-    return Estimate("proportion", successes / n, low, high, n)
+    return Estimate("proportion", successes / n, low, high, n, f"{successes} of {n}")
 
 
 def median(values: ArrayLike, confidence: float = 0.95) -> Estimate:

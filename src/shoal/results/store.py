@@ -128,7 +128,9 @@ class Store:
         if lines:
             raise ConfigError(
                 "out",
-                f"{path} holds this study with other settings:\n  " + "\n  ".join(lines) + "\nEither keep both: choose another --out. Or go on with the old one: set these back.",
+                f"{path} holds this study with other settings:\n  "
+                + "\n  ".join(lines)
+                + "\nEither keep both: choose another --out. Or go on with the old one: set these back.",
             )
         return store
 
@@ -136,7 +138,9 @@ class Store:
     def read(cls, directory: str | Path) -> Store:
         path = Path(directory)
         if not (path / "study.yaml").is_file():
-            raise ConfigError("dir", f"{path} is not a study: there is no study.yaml in it; give the directory that `shoal run` wrote, for example runs/grokking")
+            raise ConfigError(
+                "dir", f"{path} is not a study: there is no study.yaml in it; give the directory that `shoal run` wrote, for example runs/grokking"
+            )
         try:
             record = yaml.safe_load((path / "study.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -159,7 +163,9 @@ class Store:
             except BlockingIOError as error:
                 file.seek(0)
                 who = file.read().strip() or "unknown"
-                raise ConfigError("out", f"{self.directory} is being written by another process ({who}); wait for it, end it, or choose another --out") from error
+                raise ConfigError(
+                    "out", f"{self.directory} is being written by another process ({who}); wait for it, end it, or choose another --out"
+                ) from error
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -200,7 +206,10 @@ class Store:
         """Drop the parts written after a checkpoint that knew ``parts`` of them: training goes on from there and writes them again."""
         there = self._parts(fleet)
         if len(there) < parts:
-            raise ConfigError("out", f"{self.fleet_directory(fleet)} has {len(there)} metric parts, its checkpoint knows {parts}; restore them from a copy, or choose another --out")
+            raise ConfigError(
+                "out",
+                f"{self.fleet_directory(fleet)} has {len(there)} metric parts, its checkpoint knows {parts}; restore them from a copy, or choose another --out",
+            )
         for path in reversed(there[parts:]):  # from the end, so that a kill leaves no gap
             path.unlink()
 
@@ -233,7 +242,13 @@ class Store:
             data, model = fleet.get("data") or [{}] * len(fleet["runs"]), fleet.get("model") or {}
             flops = model.get("flops") or {}
             for i, (run, outcome) in enumerate(zip(fleet["runs"], outcomes, strict=True)):
-                own = {"id": run["id"], "fleet": fleet["id"], "seconds": None, "data": data[i], **{k: outcome[k] for k in ("status", "steps", "seconds") if k in outcome}}
+                own = {
+                    "id": run["id"],
+                    "fleet": fleet["id"],
+                    "seconds": None,
+                    "data": data[i],
+                    **{k: outcome[k] for k in ("status", "steps", "seconds") if k in outcome},
+                }
                 own |= {"parameters": model["parameters"]} if "parameters" in model else {}
                 own |= {f"flops.{part}": count for part, count in flops.items()} if isinstance(flops, dict) else {"flops": flops}
                 rows.append(Row(own, run["config"], metrics, i, partial(self.measures, run["id"])))

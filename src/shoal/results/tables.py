@@ -1,7 +1,7 @@
 """What a report says, computed from rows: plain values (numbers, text, lists, dicts), no layout.
 
-    results(rows, "val/accuracy")     # one dict per setting (the seeds put together) with its estimates
-    summary(...)                      # the sentences at the top: only what the numbers say
+results(rows, "val/accuracy")     # one dict per setting (the seeds put together) with its estimates
+summary(...)                      # the sentences at the top: only what the numbers say
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shoal.results import statistics
 from shoal.results.claims import Verdict
 from shoal.results.rows import OWN_KEYS, Row, Rows, lower_is_better
 from shoal.results.statistics import Estimate
-from shoal.results.wording import duration, interval, listing, number, plural, setting
+from shoal.results.wording import NOTHING, duration, interval, listing, magnitude, number, plural, setting
 
 SHOWN = 40  # lines of a measure or of varying data shown in a report; the files hold all
 
@@ -49,7 +49,7 @@ def results(rows: Rows, main_metric: str) -> list[dict[str, Any]]:
         x = np.array([row.get(key, math.nan) for row in part], dtype=np.float64)
         x = x[~np.isnan(x)]
         line: dict[str, Any] = {"setting": values, "label": setting(values) or "all runs", "n": len(part), "num_values": x.size, "status": statuses(part)}
-        line |= {"mean": statistics.mean(x).within(low, high), "median": statistics.median(x).within(low, high), "rule": stop_rule(part[0])}
+        line |= {"mean": statistics.mean(x).within(low, high), "median": statistics.median(x), "rule": stop_rule(part[0])}
         if part[0].get("stop_metric"):
             times, observed = part.reached(part[0]["stop_metric"], part[0]["stop_at"], part[0]["stop_evaluations"])
             line |= {"share": statistics.proportion(int(observed.sum()), len(part)), "time": statistics.survival_median(times, observed)}
@@ -92,15 +92,21 @@ def summary(rows: Rows, table: Sequence[Mapping[str, Any]], verdicts: Sequence[V
     for line in known[:4] if len(known) <= 4 else []:
         name = f"With {line['label']}, " if len(table) > 1 else ""
         mean = line["mean"]
-        text = f"{name}{label}: mean {number(mean.value)}" + (f", 95 % interval {interval(mean.low, mean.high)}" if math.isfinite(mean.low) or math.isfinite(mean.high) else "")
+        text = f"{name}{label}: mean {number(mean.value)}" + (
+            f", 95 % interval {interval(mean.low, mean.high)}" if math.isfinite(mean.low) or math.isfinite(mean.high) else ""
+        )
         sentences.append(f"{text[0].upper() + text[1:]} (n = {mean.n}){_reaching(line)}.")
     if len(known) > 4:
         ordered = sorted(known, key=lambda line: line["mean"].value)
         ends = [f"{number(line['mean'].value)} ({line['label']})" for line in (ordered[0], ordered[-1])]
-        sentences.append(f"The settings' means of {label} go from {ends[0]} to {ends[1]}; the two were picked after the fact, so both ends are flattered.")
+        sentences.append(
+            f"The settings' means of {label} go from {ends[0]} to {ends[1]}; these two were picked by the same runs, so they look more extreme than they are."
+        )
     if verdicts:
         counts = Counter(verdict["verdict"] for verdict in verdicts)
-        sentences.append(f"Of {plural(len(verdicts), 'claim')}, {listing([f'{counts[word]} {word}' for word in ('held', 'not held', 'undecided') if counts[word]])}.")
+        sentences.append(
+            f"Of {plural(len(verdicts), 'claim')}, {listing([f'{counts[word]} {word}' for word in ('held', 'not held', 'undecided') if counts[word]])}."
+        )
     return sentences
 
 
@@ -132,7 +138,7 @@ def _compact(values: Sequence[Any]) -> str:
     whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
     if len(whole) == len(values) > 2 and whole[-1] - whole[0] == len(whole) - 1:
         return f"{whole[0]}–{whole[-1]}"
-    words = [str(v).lower() if isinstance(v, bool) else "none" if v is None else "[]" if v == [] else repr(v) if v == "" else number(v) for v in values]
+    words = ["none" if v is None else "[]" if v == [] else repr(v) if v == "" else number(v) for v in values]
     return " | ".join(words[:12]) + (f" | … ({len(words)} values)" if len(words) > 12 else "")
 
 
@@ -140,15 +146,15 @@ def flat(value: Any, prefix: str = "") -> dict[str, str]:
     """Nested dicts as dotted name -> text."""
     if isinstance(value, Mapping):
         return {name: text for key, v in value.items() for name, text in flat(v, f"{prefix}.{key}" if prefix else str(key)).items()}
-    return {prefix: number(value, 8) if not isinstance(value, bool) else str(value).lower()}
+    return {prefix: number(value, 8)}
 
 
 def data(rows: Rows) -> dict[str, Any]:
-    """Counts and hashes: "same" (name, text) for what all runs share; "names" and "lines" for what differs, one line for each different set, with how many runs."""
+    """Counts and hashes: "same" (name, text) for what all runs share; "names" and "lines" for what differs, one line for each set, with its number of runs."""
     described = [flat(row["data"]) for row in rows]
     names = list(dict.fromkeys(name for one in described for name in one))
     varying = [name for name in names if len({one.get(name) for one in described}) > 1]
-    seen: dict[tuple[str, ...], int] = Counter(tuple(one.get(name, number(None)) for name in varying) for one in described)
+    seen: dict[tuple[str, ...], int] = Counter(tuple(one.get(name, NOTHING) for name in varying) for one in described)
     lines = [[*values, str(count)] for values, count in list(seen.items())[:SHOWN]] if varying else []
     return {"same": [(name, described[0][name]) for name in names if name not in varying], "names": [*varying, "runs"], "lines": lines, "total": len(seen)}
 
@@ -169,7 +175,7 @@ def measures(rows: Rows) -> list[dict[str, Any]]:
 
 
 def _cell(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else setting(value) if isinstance(value, Mapping) else number(value)
+    return setting(value) if isinstance(value, Mapping) else number(value)
 
 
 def run_label(row: Row, paths: Sequence[str]) -> str:
@@ -189,10 +195,10 @@ def cost(rows: Rows, fleets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         flops = flops if isinstance(flops, Mapping) else {"": flops}
         seconds += done.get("seconds") or 0.0
         operations += steps[fleet["id"]] * (flops.get("step") or 0)
-        lines.append([
-            str(fleet["id"]), number(len(fleet["runs"])), number(model.get("parameters")), listing([f"{name} {number(float(count), 3)}".strip() for name, count in flops.items()]) or number(None),
-            number(steps[fleet["id"]]), duration(done.get("seconds")) if done else "unfinished", setting(fleet.get("choices") or {}) or number(None),
-        ])  # fmt: skip
+        counts = listing([f"{magnitude(count)} {name}".strip() for name, count in flops.items()])
+        sizes = [number(len(fleet["runs"])), number(model.get("parameters")), counts or NOTHING, number(steps[fleet["id"]])]
+        time = duration(done.get("seconds")) if done else "unfinished"
+        lines.append([str(fleet["id"]), *sizes, time, setting(fleet.get("choices") or {}) or NOTHING])
     total = {"seconds": seconds, "steps": sum(steps.values()), "flops": operations or None}
     return {"names": ["fleet", "runs", "parameters", "FLOPs", "steps made", "time", "measured choices"], "lines": lines, "total": total}
 

@@ -12,18 +12,25 @@ NOTHING = "–"
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """12,345  0.9876  3e-05  ∞  –  ; anything that is not a number as it is."""
+    """12,345  0.9876  3e-5  ∞  –  true ; text as it is, lists as their parts."""
     value = value.item() if isinstance(value, np.generic) else value
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return NOTHING
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return ", ".join(number(v, digits) for v in value) if isinstance(value, (list, tuple)) else str(value)
+        return (
+            ", ".join(number(v, digits) for v in value) if isinstance(value, (list, tuple)) else str(value).lower() if isinstance(value, bool) else str(value)
+        )
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     if isinstance(value, int) or (value.is_integer() and abs(value) < 1e15):
         return f"{int(value):,}".replace("-", "−") if abs(value) < 1e15 else f"{value:.3g}"
     text = f"{abs(value):,.0f}" if abs(value) >= 10**digits else f"{abs(value):.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
     return f"−{text}" if value < 0 else text
+
+
+def magnitude(value: float) -> str:
+    """Large counts: 2.0e9; below a million as they are."""
+    return f"{value:.2g}".replace("e+0", "e").replace("e+", "e") if abs(value) >= 1e6 else number(value)
 
 
 def interval(low: float, high: float, digits: int = 4) -> str:

@@ -24,11 +24,12 @@ from torch import Tensor
 from shoal import rng
 from shoal.config import ModularConfig, fields_per_run
 from shoal.config.fields import ConfigError, check
+from shoal.config.tasks import Operation
 from shoal.contracts import Batch, Tables, Tokenizer
 from shoal.data.tokenizers import CharacterTokenizer, WordTokenizer
 from shoal.tasks.stream import fingerprint, pieces, stream
 
-SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+SIGNS: dict[Operation, str] = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 OPERATIONS = tuple(SIGNS)
 SPLITS = ("train", "val", "test")
 MAX_P = 2048  # p * p rows: past this the shared tables alone take more than 200 MB
@@ -62,7 +63,7 @@ def split_hash(parts: Sequence[Tensor]) -> str:
 class ModularTask:
     def __init__(self, config: ModularConfig) -> None:
         check(config.p <= MAX_P, "task.p", f"the whole table is held in memory, so p may be at most {MAX_P}, not {config.p}")
-        check(config.operation in SIGNS, "task.operation", f"unknown operation {config.operation!r}; known: {', '.join(SIGNS)}")
+        _known(config.operation)
         self.config = config
         sign = [SIGNS[config.operation]] if config.operator_token else []
         if config.tokens == "residue":
@@ -103,7 +104,7 @@ class ModularTask:
 
     def _split(self, table: Tensor, operation: str, train: float, val: float, test: float | None, noise: float, seed: int) -> dict[str, Tensor]:
         """One run's row numbers by split, and its training answers."""
-        check(operation in SIGNS, "task.operation", f"unknown operation {operation!r}; known: {', '.join(SIGNS)}")
+        _known(operation)
         answer = table[OPERATIONS.index(operation)]
         rows = (answer >= 0).nonzero()[:, 0]  # in order of a, then b
         counts = split_counts(len(rows), train, val, test)
@@ -199,6 +200,10 @@ def export(config: ModularConfig, seed: int, path: str | Path) -> dict[str, Any]
     except OSError as error:
         raise ConfigError("out", f"cannot write {path} ({error.strerror}); name a file in a directory that exists and is writable") from None
     return task.describe(tables, 0)
+
+
+def _known(operation: str) -> None:
+    check(operation in SIGNS, "task.operation", f"unknown operation {operation!r}; known: {', '.join(SIGNS)}")
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:

@@ -86,7 +86,8 @@ class Fleet:
         runs = [self.runs[r] for r in self.present]
         self.model = self._new_model((len(runs),))
         self.layout = self.layout_of(self.model)
-        self.parameters = self.layout.bind(self.model, self.flat)
+        self.weights = self.flat if self.config.precision == "float32" else self.flat.to(DTYPES[self.config.precision])  # what the model computes with
+        self.parameters = self.layout.bind(self.model, self.weights)
         if getattr(self.model, "rate", None) is not None:
             self.model.rate = self._column("model.dropout")
         self.hyper = {path.rpartition(".")[2]: self._column(path) for path in fields_per_run(self.config) if path.startswith("optimizer.")}
@@ -117,7 +118,9 @@ class Fleet:
         began, entries, made = time.perf_counter(), [], 0
         while True:
             if self.evaluated < self.step and (self.step % self.config.evaluate_every == 0 or self.step in self.stops):
-                entries.append((self.step, list(self.present), _copy(self._captured_evaluation())))
+                metrics = self._captured_evaluation()
+                if metrics:
+                    entries.append((self.step, list(self.present), _copy(metrics)))
                 self.evaluated = self.step
                 if self.step // self.config.evaluate_every % COMPACT_EVERY == 0:
                     self._compact()
@@ -185,8 +188,9 @@ class Fleet:
         rate = multiplier(self.config.schedule.kind, self.clock / self.steps, **self.schedule)
         hyper = {name: value * rate if name.endswith("lr") else value for name, value in self.hyper.items()}
         running = self.status == RUNNING
-        norm, alive = self._update(self.optimizer, self.layout, self.flat, self.state, grads, sums, hyper, self.clip, self.clock, running & (self.clock < self.steps))
-        died = running & (self.clock < self.steps) & ~alive
+        due = running & (self.clock < self.steps)
+        norm, alive = self._update(self.optimizer, self.layout, self.flat, self.weights, self.state, grads, sums, hyper, self.clip, self.clock, due)
+        died = due & ~alive
         self.status.copy_(torch.where(died, DEAD, self.status))
         self.ended.copy_(torch.where(died, self.clock, self.ended))
         self.clock += 1
@@ -203,7 +207,7 @@ class Fleet:
         for piece, piece_keys in _pieces(batch, keys, self.config.accumulate):
             sums = self._objective(self.model, piece, piece_keys)
             new = torch.autograd.grad(sums.loss.sum(), list(self.parameters.values()))
-            total, grads = (sums, list(new)) if total is None else (add(total, sums), [a + b for a, b in zip(grads, new, strict=True)])
+            total, grads = (sums, list(new)) if total is None else (add(total, sums), [a.float() + b for a, b in zip(grads, new, strict=True)])
         assert total is not None
         return Sums(total.loss.detach(), total.weight, total.metrics), grads
 
@@ -238,7 +242,7 @@ class Fleet:
 
     def _new_model(self, lead: tuple[int, ...]) -> models.AnyModel:
         with torch.device("meta"):  # the parameters come from elsewhere
-            model = models.build(self.config.model, self.task.vocab_size, self.task.max_length, lead, DTYPES[self.config.precision])
+            model = models.build(self.config.model, self.task.vocab_size, self.task.max_length, lead)
         return model
 
     def layout_of(self, model: models.AnyModel | None = None) -> Layout:
@@ -298,10 +302,10 @@ def layout_groups(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
 
 
 def _update(
-    optimizer: Optimizer, layout: Layout, flat: Tensor, state: State, grads: list[Tensor], sums: Sums,
+    optimizer: Optimizer, layout: Layout, flat: Tensor, weights: Tensor, state: State, grads: list[Tensor], sums: Sums,
     hyper: Mapping[str, Tensor], clip: Tensor | None, step: Tensor, running: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mean gradient, clipping, who is alive, the optimizer. Returns the gradient norms and alive, both [R]."""
+    """Mean gradient, clipping, who is alive, the optimizer; ``weights`` follow ``flat``. Returns the gradient norms and alive, both [R]."""
     grad = layout.pack(dict(zip(layout.shapes, grads, strict=True)), 1).float() / sums.weight.unsqueeze(-1)
     norm = optimizers.gradient_norm(grad)
     alive = running & torch.isfinite(sums.loss / sums.weight) & torch.isfinite(norm)
@@ -309,6 +313,8 @@ def _update(
         grad = grad * optimizers.clip_scale(norm, clip).unsqueeze(-1)
     grad = torch.where(alive.unsqueeze(-1), grad, 0.0)
     optimizer.update(layout_groups(layout, flat), layout_groups(layout, grad), state, hyper, step, alive)
+    if weights is not flat:
+        weights.copy_(flat)
     return norm, alive
 
 
@@ -330,7 +336,7 @@ def _get(run: RunConfig, path: str) -> Any:
 
 
 def _copy(metrics: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor]:
-    return tuple(metrics), torch.stack([value.float() for value in metrics.values()]) if metrics else torch.zeros(0)
+    return tuple(metrics), torch.stack([value.float() for value in metrics.values()])
 
 
 def _table(entries: list[tuple[int, list[int], tuple[tuple[str, ...], Tensor]]]) -> Table:
