@@ -1,6 +1,6 @@
 """Where the time of one captured step goes on a GPU: the kernels of ten steps, longest first.
 
-    python benchmarks/profile_step.py --runs 64 --precision bfloat16
+python benchmarks/profile_step.py --runs 64 --precision bfloat16
 """
 
 from __future__ import annotations

@@ -157,7 +157,13 @@ def main() -> None:
     parser.add_argument("--precision", nargs="*", default=["float32"], choices=list(DTYPES))
     parser.add_argument("--forms", nargs="*", default=["eager"], choices=["eager", "compiled"])
     parser.add_argument("--plain", nargs="*", default=["eager"], choices=["eager", "compiled"])
-    parser.add_argument("--evaluated", type=int, nargs="*", default=[], help="also with the whole training and validation tables evaluated every 50 steps, at these numbers of runs")
+    parser.add_argument(
+        "--evaluated",
+        type=int,
+        nargs="*",
+        default=[],
+        help="also with the whole training and validation tables evaluated every 50 steps, at these numbers of runs",
+    )
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", default=None)
@@ -171,7 +177,10 @@ def main() -> None:
         base = next((r.median for r in rates if r.name == "plain loop, eager" and r.precision == rate.precision), None)
         ratio = f"{rate.median / base:8.2f} x plain" if base else ""
         spread = f"[{min(rate.rates):.4g}, {max(rate.rates):.4g}]"
-        print(f"{rate.name:34} {rate.precision:9} R {rate.runs:5}  {rate.median:10,.4g} {spread:20}{ratio}  first {rate.first:6.1f} s  {rate.memory:5.1f} GiB", flush=True)
+        print(
+            f"{rate.name:34} {rate.precision:9} R {rate.runs:5}  {rate.median:10,.4g} {spread:20}{ratio}  first {rate.first:6.1f} s  {rate.memory:5.1f} GiB",
+            flush=True,
+        )
 
     for precision in args.precision:
         config = replace(case, precision=precision)

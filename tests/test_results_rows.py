@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from shoal.results.rows import lower_is_better
 
 
 def store_of(
-    directory: Path, runs: Sequence[RunConfig], curves: Sequence[dict[str, Sequence[float]]], outcome: Sequence[tuple[str, int]] | None, every: int = 10
+    directory: Path, runs: Sequence[RunConfig], curves: Sequence[Mapping[str, Sequence[float]]], outcome: Sequence[tuple[str, int]] | None, every: int = 10
 ) -> Store:
     """One fleet; curves[r][metric] is evaluated at steps 0, every, 2 every, ..."""
     store = Store.open(directory, {"study": "demo", "config": {}})

@@ -38,7 +38,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -94,11 +94,11 @@ class Run:
         from shoal.studies import STUDIES
 
         check(self.max_runs_per_fleet >= 0, "--max-runs-per-fleet", f"must be 0 (as memory allows) or more, not {self.max_runs_per_fleet}")
-        module = importlib.import_module(_pick(self.study, STUDIES, "study", "studies"))
+        module = importlib.import_module(_pick(self.study, STUDIES, "study"))
         default = module.DEFAULT[_has_gpu(self.device)]
         preset = self.preset or default
         seeds = parse_overrides([f"--seeds={self.seeds}"]) if self.seeds else {}
-        config: StudyConfig = override(_pick(preset, module.PRESETS, f"preset of {self.study}", "presets")(), {**overrides, **seeds})
+        config: StudyConfig = override(_pick(preset, module.PRESETS, f"preset of {self.study}")(), {**overrides, **seeds})
         if self.fields:
             return _print_fields(config)
         many = f"{config.num_runs:,} runs ({config.seeds} seeds of every combination of {', '.join(config.grid) or 'one config'})"
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 for what the user must change (one message on standard error), 130 when interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"shoal: note: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: _say(f"note: {message}")
         try:
             _dispatch(args)
             sys.stdout.flush()
@@ -214,7 +214,7 @@ def _dispatch(args: list[str]) -> None:
         return print(__doc__)
     if args[0] == "--version":
         return print("shoal", importlib.metadata.version("shoal"))
-    command = _pick(args[0], COMMANDS, "command", "commands")
+    command = _pick(args[0], COMMANDS, "command")
     ours, theirs = _split(args[1:], command)
     parsed = _parse(command, args[0], ours)
     if command.target is None:
@@ -258,7 +258,7 @@ def _parse(command: Any, name: str, args: list[str]) -> Callable[..., None]:
         raise ConfigError("", f"{text.rstrip('.')}; see shoal {name} --help") from None
 
 
-def _pick(name: str, known: Mapping[str, Any], kind: str, kinds: str) -> Any:
+def _pick(name: str, known: Mapping[str, Any], kind: str) -> Any:
     check(name in known, "", f"unknown {kind} {name!r}; {nearest(name, known)}" if name not in known else "")
     return known[name]
 
@@ -268,12 +268,15 @@ def _summary(module: str) -> tuple[str, list[str]]:
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    presets: Iterable[str] = ()
+    presets: list[str] = []
     for node in tree.body:
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
-        if isinstance(target, ast.Name) and target.id == "PRESETS" and isinstance(node.value, ast.Dict):  # type: ignore[union-attr]
-            presets = [key.value for key in node.value.keys if isinstance(key, ast.Constant)]  # type: ignore[union-attr]
-    return (ast.get_docstring(tree) or "").partition("\n")[0], list(presets)
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id="PRESETS")], value=ast.Dict(keys=keys))
+                | ast.AnnAssign(target=ast.Name(id="PRESETS"), value=ast.Dict(keys=keys))
+            ):
+                presets = [str(key.value) for key in keys if isinstance(key, ast.Constant)]
+    return (ast.get_docstring(tree) or "").partition("\n")[0], presets
 
 
 def _print_fields(config: StudyConfig) -> None:
@@ -296,6 +299,7 @@ def _has_gpu(device: Device) -> bool:
 
 
 def _driver() -> ModuleType:
+    """Imported by the commands that need it: it takes torch, and seconds."""
     return importlib.import_module("shoal.studies.driver")
 
 
@@ -311,8 +315,12 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _stop(message: str, code: int) -> int:
+def _say(message: str) -> None:
     print("shoal:", " ".join(message.split()), file=sys.stderr)
+
+
+def _stop(message: str, code: int) -> int:
+    _say(message)
     return code
 
 

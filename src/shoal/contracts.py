@@ -26,6 +26,10 @@ class Batch(NamedTuple):
     mask: Tensor | None = None  # bool [*L, B, T]; True = real token, None = all real
     at: Tensor | slice | None = None  # int64 [*L, B, S] scored positions; None = all; a slice when every row scores the same ones, which then costs no gather
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The same function of every tensor in it."""
+        return Batch(*(function(x) if isinstance(x, Tensor) else x for x in self))  # pyright: ignore[reportArgumentType]
+
 
 class Context(NamedTuple):
     """What a model may know beside its tokens."""
@@ -115,7 +119,9 @@ class Model(Protocol):
     def forward(self, tokens: Tensor, context: Context, cache: Any = None) -> tuple[Tensor, Any]: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
     def init_cache(self, batch: int, length: int) -> Any: ...
-    def init_rules(self, configs: Sequence[Any]) -> Sequence[tuple[str, Any]]: ...  # for these runs: (pattern of parameter names, distribution); first match wins, no match is an error
+    def init_rules(
+        self, configs: Sequence[Any]
+    ) -> Sequence[tuple[str, Any]]: ...  # for these runs: (pattern of parameter names, distribution); first match wins, no match is an error
     def hidden_matrices(self) -> list[str]: ...  # names of the parameters Muon may orthogonalise: not embeddings, not the head
     def flops(self, batch: int, time: int, scored: int) -> int: ...
 

@@ -19,6 +19,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's odd increment, as a sig
 _SALT = 0x2545F491
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
+_BIT = 1 << 62
 
 
 def _shift(x: Tensor, by: int) -> Tensor:
@@ -86,6 +87,7 @@ def shuffled(key: Tensor, index: Tensor, n: Tensor | int, rounds: int = 24) -> T
     for pivot, coin in zip(pivots.unbind(-1), coins.unbind(-1), strict=True):
         partner = torch.remainder(pivot - x, n)
         hashed = (torch.maximum(x, partner) ^ coin) * _MIX_1  # the same for both of a pair
-        swap = (hashed ^ (hashed >> 29)) * _MIX_2 < 0  # the sign bit: half of the finaliser is enough for one bit
+        # one bit, for which half of the finaliser is enough; not the sign, which C++ compilers infer as if products never overflowed
+        swap = ((hashed ^ (hashed >> 29)) * _MIX_2 & _BIT) != 0
         x = torch.where(swap, partner, x)
     return x

@@ -12,6 +12,26 @@ from shoal.config.optimizers import SGD, Adagrad, Adam, AdamW, Muon, OptimizerCo
 from shoal.config.tasks import MemorizeConfig, ModularConfig, TaskConfig
 
 __all__ = [
-    "SGD", "Adagrad", "Adam", "AdamW", "DecoderConfig", "EmbeddingMLPConfig", "MemorizeConfig", "ModelConfig", "ModularConfig", "Muon",
-    "OptimizerConfig", "PerRun", "RunConfig", "Schedule", "Seeds", "StudyConfig", "TaskConfig", "fields_per_run", "flatten", "run_id", "with_seed", "with_values",
-]  # fmt: skip
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "DecoderConfig",
+    "EmbeddingMLPConfig",
+    "MemorizeConfig",
+    "ModelConfig",
+    "ModularConfig",
+    "Muon",
+    "OptimizerConfig",
+    "PerRun",
+    "RunConfig",
+    "Schedule",
+    "Seeds",
+    "StudyConfig",
+    "TaskConfig",
+    "fields_per_run",
+    "flatten",
+    "run_id",
+    "with_seed",
+    "with_values",
+]

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -106,25 +106,26 @@ def with_seed(run: RunConfig, seed: int) -> RunConfig:
 
 
 def with_values(config: Any, values: Mapping[str, Any]) -> Any:
-    """A copy with dotted paths replaced: ``with_values(run, {"optimizer.lr": 1e-2})``. Lists become tuples where the field is one."""
-    for path, value in values.items():
-        config = _replace(config, path.split("."), value, path)
-    return config
+    """A copy with dotted paths replaced at once: ``with_values(run, {"optimizer.lr": 1e-2})``. Lists become tuples where the field is one."""
+    return _replace(config, {tuple(path.split(".")): value for path, value in values.items()}, "")
 
 
-def _replace(config: Any, parts: Sequence[str], value: Any, path: str) -> Any:
-    head, *rest = parts
-    if not dataclasses.is_dataclass(config) or head not in {f.name for f in dataclasses.fields(config)}:
+def _replace(config: Any, values: Mapping[tuple[str, ...], Any], prefix: str) -> Any:
+    changes: dict[str, Any] = {}
+    for head in dict.fromkeys(path[0] for path in values):
         known = [f.name for f in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []
-        raise ConfigError(path, f"there is no field {head!r}; known here: {', '.join(known) or 'none'}")
-    old = getattr(config, head)
-    if rest:
-        value = _replace(old, rest, value, path)
-    elif isinstance(old, tuple) and isinstance(value, list):
-        value = tuple(value)
-    elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    return dataclasses.replace(config, **{head: value})
+        if head not in known:
+            raise ConfigError(prefix + head, f"there is no such field; known here: {', '.join(known) or 'none'}")
+        old, inner = getattr(config, head), {path[1:]: value for path, value in values.items() if path[0] == head}
+        changes[head] = _replace(old, inner, f"{prefix}{head}.") if () not in inner else _like(old, inner[()])
+    return dataclasses.replace(config, **changes)
+
+
+def _like(old: Any, value: Any) -> Any:
+    """What YAML and Python write differently: a list for a tuple, 1 for 1.0."""
+    if isinstance(old, tuple) and isinstance(value, list):
+        return tuple(value)
+    return float(value) if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

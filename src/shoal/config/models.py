@@ -35,8 +35,16 @@ class DecoderConfig:
         check(self.feed_forward >= 0, "feed_forward", "must be 0 (none) or more")
         check(len(self.mixers) > 0, "mixers", 'name at least one, for example ["attention"]')
         heads = [h for h in range(1, self.width + 1) if self.width % h == 0]
-        check(self.width % self.num_heads == 0, "num_heads", f"{self.num_heads} heads do not divide the width {self.width}; possible: {', '.join(map(str, heads))}")
-        check(self.positions != "rotary" or self.width // self.num_heads % 2 == 0, "positions", f"rotary positions need an even head width, not {self.width // self.num_heads}")
+        check(
+            self.width % self.num_heads == 0,
+            "num_heads",
+            f"{self.num_heads} heads do not divide the width {self.width}; possible: {', '.join(map(str, heads))}",
+        )
+        check(
+            self.positions != "rotary" or self.width // self.num_heads % 2 == 0,
+            "positions",
+            f"rotary positions need an even head width, not {self.width // self.num_heads}",
+        )
         check(0 <= self.dropout < 1, "dropout", "must lie in [0, 1)")
 
 

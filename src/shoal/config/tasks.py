@@ -21,7 +21,11 @@ class MemorizeConfig:
         check(len(self.strings) > 0, "strings", "give at least one string")
         check(all(self.strings), "strings", "an empty string cannot be memorised; remove it")
         check(self.unscored >= 0, "unscored", "must be 0 or more")
-        check(all(self.unscored <= len(s) for s in self.strings), "unscored", f"{self.unscored} masks more than a whole string; at most {min(map(len, self.strings), default=0)}")
+        check(
+            all(self.unscored <= len(s) for s in self.strings),
+            "unscored",
+            f"{self.unscored} masks more than a whole string; at most {min(map(len, self.strings), default=0)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ def tables_of(run: Run) -> Tables:
 
 def batches(run: Run, split: str) -> list[Batch]:
     """The whole split without a run axis."""
-    return [Batch(*(x[0] if isinstance(x, Tensor) else x for x in batch)) for batch in run.task.evaluation(tables_of(run), split, ROWS)]
+    return [batch.each(lambda x: x[0]) for batch in run.task.evaluation(tables_of(run), split, ROWS)]
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Continue a prompt, one token at a time, with what the model remembers kept in its cache.
 
-    generate(load("runs/sanity"), "I lo")     # "ve machine learning"
+generate(load("runs/sanity"), "I lo")     # "ve machine learning"
 """
 
 from __future__ import annotations

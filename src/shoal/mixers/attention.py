@@ -107,7 +107,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Te
         return _fused(q, k, v, allowed)
     if allowed is None:
         allowed = torch.ones(q.shape[-3], k.shape[-3], dtype=torch.bool, device=q.device).tril()
-    scores = (q.unsqueeze(-3) * k.unsqueeze(-4)).sum(-1).float() * q.shape[-1] ** -0.5  # [*L, B, S, T, H]
+    scores = (q.unsqueeze(-3) * k.unsqueeze(-4)).sum(-1).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5  # [*L, B, S, T, H]
     weights = scores.masked_fill(~allowed.unsqueeze(-1), float("-inf")).softmax(-2).to(v.dtype)
     return (weights.unsqueeze(-1) * v.unsqueeze(-4)).sum(-3)
 

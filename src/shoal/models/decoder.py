@@ -24,6 +24,9 @@ from shoal.nn.init import Distribution
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square()}
 
 
+EVERYTHING = Context()  # all tokens real, all positions scored, no dropout
+
+
 class Cache(NamedTuple):
     used: Tensor  # int64 scalar: tokens seen so far
     blocks: tuple[Any, ...]  # one cache per block, the mixer's own
@@ -82,7 +85,7 @@ class Decoder(nn.Module):
         self.head = None if config.tied else Linear(config.width, vocab_size, bias=False, lead=lead)
         self.register_buffer("rate", torch.full(lead, config.dropout) if config.dropout > 0 else None, persistent=False)
 
-    def forward(self, tokens: Tensor, context: Context = Context(), cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
+    def forward(self, tokens: Tensor, context: Context = EVERYTHING, cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
         """int64 [*L, B, T] -> hidden [*L, B, S, D] and the cache after these tokens."""
         x = self.embedding(tokens) + self._position_vectors(tokens, context, cache)
         x = dropout(x, context.key, self.rate, 0)
@@ -111,13 +114,15 @@ class Decoder(nn.Module):
         return sinusoidal(positions, self.config.width).to(self.embedding.weight.dtype)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        return Cache(torch.zeros((), dtype=torch.int64, device=self.embedding.weight.device), tuple(block.mixer.init_cache(batch, length) for block in self._blocks))
+        return Cache(
+            torch.zeros((), dtype=torch.int64, device=self.embedding.weight.device), tuple(block.mixer.init_cache(batch, length) for block in self._blocks)
+        )
 
     @property
     def _blocks(self) -> list[Any]:
         return list(self.blocks)
 
-    def init_rules(self, configs: Sequence[DecoderConfig]) -> list[tuple[str, Distribution]]:
+    def init_rules(self, configs: Sequence[Any]) -> list[tuple[str, Distribution]]:
         """How each parameter of these runs begins.
 
         | parameter | distribution |

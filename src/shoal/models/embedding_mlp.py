@@ -7,6 +7,7 @@ It has no time axis: it reads ``num_inputs`` tokens and scores one position.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ class EmbeddingMLP(nn.Module):
         self.config, self.vocab_size, self.max_length = config, vocab_size, max_length
         self.embedding = Embedding(vocab_size, config.embedding, lead=lead)
         widths = (config.num_inputs * config.embedding, *config.hidden)
-        self.hidden = nn.ModuleList(Linear(a, b, bias=False, lead=lead) for a, b in zip(widths, widths[1:], strict=False))
+        self.hidden = nn.ModuleList(Linear(a, b, bias=False, lead=lead) for a, b in pairwise(widths))
         self.head = Linear(widths[-1], vocab_size, bias=False, lead=lead)
 
-    def forward(self, tokens: Tensor, context: Context = Context(), cache: None = None) -> tuple[Tensor, None]:
+    def forward(self, tokens: Tensor, context: Context | None = None, cache: None = None) -> tuple[Tensor, None]:
         """int64 [*L, B, T] -> hidden [*L, B, 1, F]."""
         x = self.embedding(tokens[..., : self.config.num_inputs]).flatten(-2).unsqueeze(-2)
         for layer in self.hidden:
@@ -40,7 +41,7 @@ class EmbeddingMLP(nn.Module):
     def init_cache(self, batch: int, length: int) -> Any:
         return None  # nothing to remember: every call reads the whole input
 
-    def init_rules(self, configs: Sequence[EmbeddingMLPConfig]) -> list[tuple[str, Distribution]]:
+    def init_rules(self, configs: Sequence[Any]) -> list[tuple[str, Distribution]]:
         """Embedding N(0, embedding_std^2); matrices U(-1, 1) init_scale / sqrt(inputs), torch's default."""
         rules: list[tuple[str, Distribution]] = [("embedding.weight", Normal([c.embedding_std for c in configs]))]
         for name, module in self.named_modules():

@@ -6,5 +6,18 @@ from shoal.nn.layers import Embedding, LayerNorm, Linear, RMSNorm, joint_linear,
 from shoal.nn.positions import rotate, sinusoidal
 
 __all__ = [
-    "Constant", "Embedding", "LayerNorm", "Linear", "Normal", "RMSNorm", "Uniform", "dropout", "initialise", "joint_linear", "linear", "rotate", "select", "sinusoidal",
-]  # fmt: skip
+    "Constant",
+    "Embedding",
+    "LayerNorm",
+    "Linear",
+    "Normal",
+    "RMSNorm",
+    "Uniform",
+    "dropout",
+    "initialise",
+    "joint_linear",
+    "linear",
+    "rotate",
+    "select",
+    "sinusoidal",
+]

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from shoal.results import tables
 from shoal.results.claims import Claim, judge
@@ -114,7 +113,7 @@ def _environment(html: bool) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "duration": duration, "magnitude": magnitude, "cell": _cell, "svg": Markup, "estimate": _estimate}
+    environment.filters |= {"number": number, "duration": duration, "magnitude": magnitude, "cell": _cell, "estimate": _estimate}
     environment.globals |= {"interval": interval, "status_words": tables.STATUS_WORDS}
     return environment
 

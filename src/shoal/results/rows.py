@@ -62,7 +62,7 @@ class Metrics:
         pieces = []
         for part, known in zip(self._parts, self._columns, strict=True):
             if column in known:
-                pieces.append(pq.read_table(part, columns=[column], partitioning=None)[column].to_numpy())
+                pieces.append(pq.ParquetFile(part).read([column])[column].to_numpy())
             else:
                 pieces.append(np.full(pq.read_metadata(part).num_rows, np.nan))
         return np.concatenate(pieces) if pieces else np.zeros(0)

@@ -198,7 +198,7 @@ class Store:
         number = len(self._parts(fleet))
         columns = {name: np.asarray(column, np.int64 if name in ("step", "run") else np.float32) for name, column in table.items()}
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns), sink, compression="zstd", use_dictionary=["step", "run"])
+        pq.write_table(pa.table(columns), sink, compression="zstd", use_dictionary=["step", "run"])  # pyright: ignore[reportArgumentType] (its stub knows only bool)
         write_atomic(self.fleet_directory(fleet) / "metrics" / f"part-{number:06d}.parquet", sink.getvalue().to_pybytes())
         return number + 1
 

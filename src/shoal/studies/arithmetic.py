@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from shoal.config import Adam, DecoderConfig, ModularConfig, RunConfig, Schedule, StudyConfig
+from shoal.config import Adam, DecoderConfig, ModularConfig, RunConfig, Schedule, StudyConfig, flatten
 from shoal.results.claims import Claim, Sample
 from shoal.results.figures import curves, survival
 from shoal.results.rows import Rows
 from shoal.studies.study import Study
 
-VARIED = ("task.operation", "task.p", "model.num_layers")
+VARIED = ("task.p", "task.operation", "model.num_layers")
 
 
 def full() -> StudyConfig:
@@ -32,8 +33,6 @@ def full() -> StudyConfig:
 
 def quick() -> StudyConfig:
     """Minutes on two cores: addition modulo 97 with one layer, 3 seeds, at most 3,000 steps."""
-    from dataclasses import replace
-
     config = full()
     run = replace(config.run, steps=3_000, schedule=Schedule(warmup=10 / 3_000), evaluate_every=100)
     return replace(config, run=run, grid={"task.operation": ["add"], "task.p": [97], "model.num_layers": [1]})
@@ -51,23 +50,25 @@ def test(run: Any) -> list[dict[str, Any]]:
 
 
 def _accuracy(rows: Rows, cell: dict[str, Any]) -> Sample:
-    return Sample([row["measures"]["test"][0]["accuracy"] for row in rows.where(cell)])
+    return Sample([row["measures"]["test"][0]["accuracy"] for row in rows.where(cell)], bounds=(0, 1))
 
 
 def study(config: StudyConfig) -> Study:
-    cells = {tuple(getattr_path(run, path) for path in VARIED) for run in config.runs()}
+    flats = [flatten(run) for run in config.runs()]
+    cells = sorted({tuple((path, flat[path]) for path in VARIED) for flat in flats})
     claims = [
         Claim(
-            f"{layers} layer{'s' if layers > 1 else ''} learn {operation} modulo {p}: mean test accuracy above 99 %.",
-            lambda rows, cell=dict(zip(VARIED, (operation, p, layers), strict=True)): _accuracy(rows, cell),
+            "{} layer(s) learn {} modulo {}: mean test accuracy above 99 %.".format(*(value for _, value in reversed(cell))),
+            lambda rows, cell=cell: _accuracy(rows, dict(cell)),
             (0.99, 1.0),
         )
-        for operation, p, layers in sorted(cells)
+        for cell in cells
     ]
     return Study(
         name="arithmetic",
         question=__doc__ or "",
         main_metric="val/accuracy",
+        config=config,
         wanted=lambda rows: config.runs(),
         measures={"test": test},
         figures=[
@@ -77,10 +78,3 @@ def study(config: StudyConfig) -> Study:
         ],
         claims=claims,
     )
-
-
-def getattr_path(run: RunConfig, path: str) -> Any:
-    value: Any = run
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value

@@ -1,11 +1,12 @@
 """From a study to its report: plan the wanted runs, train them fleet by fleet, measure, store, judge the claims.
 
-    result = run(study, out="runs/mine")          # the same call resumes what was interrupted
-    result.frame(), result.claims, result.report
+result = run(study, out="runs/mine")          # the same call resumes what was interrupted
+result.frame(), result.claims, result.report
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import subprocess
 import sys
@@ -17,13 +18,15 @@ from typing import Any
 
 import torch
 
-from shoal.config import RunConfig, flatten, run_id
+from shoal.config import RunConfig, StudyConfig, flatten, run_id
 from shoal.config.fields import ConfigError
-from shoal.config.load import structure
+from shoal.config.load import structure, unstructure
 from shoal.results import claims
+from shoal.results.figures import curves
 from shoal.results.report import write_report
 from shoal.results.rows import Rows
 from shoal.results.store import Store
+from shoal.studies import STUDIES
 from shoal.studies.progress import FleetProgress
 from shoal.studies.study import Study
 from shoal.train import checkpoint
@@ -63,7 +66,6 @@ def run(
         raise ConfigError("study", f"{study.name} wants no runs; give at least one seed and one value for every grid field")
     record = _record(study, wanted, device, preset, command)
     compiled = {"auto": None, "on": True, "off": False}[compile]
-    largest = max_runs_per_fleet or LARGEST_FLEET
     store = Store.open(out, record)
     with store.lock(), FleetProgress(progress) as shown:
         for fleet in store.fleets():
@@ -82,8 +84,26 @@ def run(
 def train(config: RunConfig, out: str | Path, *, device: str = "auto", command: str | None = None) -> Result:
     """One run, with a report and no claims."""
     metric = config.stop_metric or (f"{config.evaluate[-1]}/loss" if config.evaluate else "batch/loss")
-    study = Study(name=Path(out).name, question="One training run.", main_metric=metric, wanted=lambda rows: [config])
-    return run(study, out, device=device, command=command)
+    return run(_single(Path(out).name, metric, [config]), out, device=device, command=command)
+
+
+def report(directory: str | Path, study: Study | None = None) -> Path:
+    """Write a study's report again from what is stored. A study defined in Python must be given for its claims and figures."""
+    store = Store.read(directory)
+    record = store.record
+    if study is None and record.get("settings") and record["study"] in STUDIES:
+        study = importlib.import_module(STUDIES[record["study"]]).study(structure(StudyConfig, record["settings"]))
+    if study is None and record.get("claims"):
+        raise ConfigError(str(directory), "this study was defined in Python, and its claims with it; call shoal.report(directory, study)")
+    with store.lock():
+        return _report(store, study or _single(record["study"], record["main_metric"], [])).report
+
+
+def _single(name: str, metric: str, runs: list[RunConfig]) -> Study:
+    """What has no questions of its own: the curves of whatever was measured."""
+    kind = metric.rpartition("/")[2]
+    shown = list(dict.fromkeys(f"{split}/{kind}" for config in runs for split in config.evaluate)) or [metric]
+    return Study(name=name, question="How does this run train?", main_metric=metric, wanted=lambda rows: runs, figures=[curves(shown)])
 
 
 def load(path: str | Path) -> Run:
@@ -213,7 +233,9 @@ def _record(study: Study, wanted: Sequence[RunConfig], device: str, preset: str 
         "preset": preset,
         "command": command,
         "main_metric": study.main_metric,
+        "num_runs": len(wanted),
         "config": config,
+        "settings": unstructure(study.config) if study.config else None,
         "claims": claims.record(study.claims),
         "versions": versions | {"python": sys.version.split()[0]},
         "device": hardware,

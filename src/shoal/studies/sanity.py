@@ -21,7 +21,7 @@ def full() -> StudyConfig:
     run = RunConfig(
         task=MemorizeConfig(),
         model=DecoderConfig(num_layers=1, width=64, num_heads=4, feed_forward=256),
-        optimizer=AdamW(lr=3e-3, wd=0.0),
+        optimizer=AdamW(lr=1e-2, wd=0.0),
         steps=300,
         batch_size=0,
         log_every=10,
@@ -49,7 +49,6 @@ def samples(run: Any) -> list[dict[str, Any]]:
 
 def positions(run: Any) -> list[dict[str, Any]]:
     """At each character: the probability of the right one, the most probable one, the entropy in nats."""
-    from shoal.inference import evaluate as module  # noqa: F401
     from shoal.inference.evaluate import batches, next_token_probabilities
 
     batch = batches(run, "train")[0]
@@ -59,7 +58,16 @@ def positions(run: Any) -> list[dict[str, Any]]:
         p = probabilities[place]
         entropy = -(p * p.clamp_min(1e-30).log()).sum().item()
         right, most = run.task.tokenizer.decode([target]), run.task.tokenizer.decode([int(p.argmax())])
-        rows.append({"position": place + 1, "character": right or "end", "scored": weight > 0, "p(right)": p[target].item(), "most probable": most or "end", "entropy": entropy})
+        rows.append(
+            {
+                "position": place + 1,
+                "character": right or "end",
+                "scored": weight > 0,
+                "p(right)": p[target].item(),
+                "most probable": most or "end",
+                "entropy": entropy,
+            }
+        )
     return rows
 
 
@@ -97,8 +105,14 @@ def study(config: StudyConfig) -> Study:
     claims = []
     if 0 in variants:
         claims += [
-            Claim("With all characters in the loss, the training loss falls below 0.001 nats per character.", lambda rows: Sample(_of(rows, 0).column("final.train/loss")), (0.0, 1e-3)),
-            Claim("Greedy sampling from nothing then returns the string exactly, for more than half of all seeds.", lambda rows: _exact(rows, 0, 0), (0.5, 1.0)),
+            Claim(
+                "With all characters in the loss, the training loss falls below 0.001 nats per character.",
+                lambda rows: Sample(_of(rows, 0).column("final.train/loss")),
+                (0.0, 1e-3),
+            ),
+            Claim(
+                "Greedy sampling from nothing then returns the string exactly, for more than half of all seeds.", lambda rows: _exact(rows, 0, 0), (0.5, 1.0)
+            ),
         ]
     for left_out in [v for v in variants if v]:
         claims += [
@@ -115,7 +129,8 @@ def study(config: StudyConfig) -> Study:
             Claim(
                 f"Without them it does not: at the {left_out} positions it was never trained on, the model gives the right character a probability below one half.",
                 lambda rows, left_out=left_out: Sample(
-                    [math.fsum(r["p(right)"] for r in row["measures"]["positions"][:left_out]) / left_out for row in _of(rows, left_out)]
+                    [math.fsum(r["p(right)"] for r in row["measures"]["positions"][:left_out]) / left_out for row in _of(rows, left_out)],
+                    bounds=(0, 1),
                 ),
                 (0.0, 0.5),
             ),
@@ -124,6 +139,7 @@ def study(config: StudyConfig) -> Study:
         name="sanity",
         question=__doc__ or "",
         main_metric="train/loss",
+        config=config,
         wanted=lambda rows: config.runs(),
         measures={"samples": samples, "positions": positions},
         figures=[
@@ -131,8 +147,9 @@ def study(config: StudyConfig) -> Study:
             Figure(
                 "positions",
                 draw_positions,
-                "Probability of the right character at each position; line: median over seeds, band: range. Where the loss left the characters out, nothing ever told "
-                "the model what stands there: what it predicts at those places is whatever training elsewhere left behind. Given the true characters, the rest is exact.",
+                "Probability of the right character at each position; line: median over seeds, band: range. Where the loss left characters out, nothing "
+                "ever told the model what stands there: what it predicts at those places is whatever training elsewhere left behind. Given the true "
+                "characters, the rest is exact.",
             ),
         ],
         claims=claims,

@@ -26,6 +26,7 @@ class Study:
     measures: Mapping[str, Callable[[Run], list[dict[str, Any]]]] = field(default_factory=dict)  # after training: samples, lengths, maps
     figures: Sequence[Figure] = ()
     claims: Sequence[Claim] = ()
+    config: StudyConfig | None = None  # the fields it was made from, where it has any: `shoal report` makes it again from them
 
 
 def grid(run: RunConfig, values: Mapping[str, Sequence[Any]] | None = None, *, seeds: int = 3, first_seed: int = 0) -> Wanted:

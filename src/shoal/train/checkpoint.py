@@ -1,8 +1,8 @@
 """A fleet's state on disk: safetensors and JSON, never pickle, replaced as a whole directory.
 
-    checkpoint/model.safetensors      every run as born: name -> [R, ...]
-    checkpoint/optimizer.safetensors  the runs still in the fleet: "<moment>/<group>" -> [R', ...]
-    checkpoint/fleet.json             step, who is present, statuses, what the caller adds
+checkpoint/model.safetensors      every run as born: name -> [R, ...]
+checkpoint/optimizer.safetensors  the runs still in the fleet: "<moment>/<group>" -> [R', ...]
+checkpoint/fleet.json             step, who is present, statuses, what the caller adds
 """
 
 from __future__ import annotations

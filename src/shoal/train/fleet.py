@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ STATUS = ("running", "finished", "completed", "dead")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EVALUATION_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 21}  # tokens of one piece of an evaluation: fits the cache, fills the GPU
 COMPACT_EVERY = 10  # evaluations between looks at who has left
-RECOMPILE_WORTH = 20_000  # steps that must remain before a compiled fleet is made smaller: halving saves at most a millisecond or two of each
+RECOMPILE_WORTH = 20_000  # steps a smaller compiled fleet must still make: compiling takes some 20 s, halving saves a millisecond or two of each
 
 
 class Fleet:
@@ -101,11 +101,10 @@ class Fleet:
         self.tables = self.task.setup({**per_run, "split_seed": [run.seeds.split for run in runs]}, self.device)
         self.clock = torch.tensor(self.step, device=self.device)  # int64 scalar: the step, for the device
 
-        objective, draw, update = OBJECTIVES[self.config.objective], self.task.batch, _update
         if self.compile:
             torch.compiler.reset()  # each fleet is its own program; PyTorch keeps only a few versions of one function
-            objective, draw, update = (torch.compile(f, dynamic=False, fullgraph=True) for f in (objective, draw, update))
-        self._objective, self._draw, self._update = objective, draw, update
+        self._objective = self._compiled(OBJECTIVES[self.config.objective])
+        self._draw, self._update = self._compiled(self.task.batch), self._compiled(_update)
         self._captured_step = Captured(self._one_step, self.device, self._quiet)
         self._captured_evaluation = Captured(self._one_evaluation, self.device, self._quiet)
 
@@ -240,6 +239,9 @@ class Fleet:
 
     # Smaller parts.
 
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, dynamic=False, fullgraph=True) if self.compile else function
+
     def _new_model(self, lead: tuple[int, ...]) -> models.AnyModel:
         with torch.device("meta"):  # the parameters come from elsewhere
             model = models.build(self.config.model, self.task.vocab_size, self.task.max_length, lead)
@@ -264,7 +266,8 @@ class Fleet:
             x.copy_(old)
 
     def _compact(self) -> None:
-        if self.compile and self.last_step - self.step < RECOMPILE_WORTH:
+        expected = min(self.last_step - self.step, self.step)  # as a rule of thumb what has gone on for long goes on for as long again
+        if self.compile and expected < RECOMPILE_WORTH:
             return
         index = (self.status == RUNNING).nonzero().flatten().tolist()
         if 0 < len(index) <= len(self.present) // 2:
@@ -323,9 +326,7 @@ def _pieces(batch: Batch, keys: Tensor | None, count: int) -> Iterator[tuple[Bat
     size = -(-batch.tokens.shape[-2] // count)
     for start in range(0, batch.tokens.shape[-2], size):
         cut = slice(start, start + size)
-        at = batch.at[..., cut, :] if isinstance(batch.at, Tensor) else batch.at
-        mask = None if batch.mask is None else batch.mask[..., cut, :]
-        yield Batch(batch.tokens[..., cut, :], batch.targets[..., cut, :], batch.weights[..., cut, :], mask, at), None if keys is None else keys[..., cut]
+        yield batch.each(lambda x, cut=cut: x[..., cut, :]), None if keys is None else keys[..., cut]
 
 
 def _get(run: RunConfig, path: str) -> Any:
