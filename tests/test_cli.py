@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -40,8 +41,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
     """A toy study, and a driver that only writes down how it was called."""
     calls: list[tuple[Any, ...]] = []
     claims = [
-        {"claim": "It learns", "verdict": "held", "value": 0.98765, "interval": [0.9, 1.0], "n": 4},
-        {"claim": "It is fast", "verdict": "undecided", "value": None, "interval": None, "n": 0},
+        {"claim": "It learns.", "verdict": "held", "value": 0.98765, "interval": [0.9, 1.0], "n": 4},
+        {"claim": "It is fast", "verdict": "undecided", "value": math.nan, "interval": [-math.inf, math.inf], "n": 0},
     ]
 
     def record(name: str, result: Any) -> Any:
@@ -84,7 +85,7 @@ def run(capsys: pytest.CaptureFixture[str], line: str | list[str]) -> tuple[int,
 def test_run(toy: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "run toy --seeds 3 --run.optimizer.lr 3e-3 --device cpu --grid.task.p=5,7 --out there --max-runs-per-fleet 4 --compile off")
     assert (code, err) == (0, "")
-    assert out == "held       It learns: 0.9877 [0.9, 1], n = 4\nundecided  It is fast: - [-, -], n = 0\nthere/report.html\n"
+    assert out == "held       It learns: 0.9877 [0.9, 1], n = 4\nundecided  It is fast: nan no interval, n = 0\nthere/report.html\n"
     [(name, (study, directory), options)] = toy
     assert (name, directory) == ("run", Path("there"))
     assert study.config.seeds == 3 and study.config.run.optimizer.lr == 3e-3 and study.config.grid == {"task.p": [5, 7]}
@@ -232,7 +233,7 @@ def test_bad_command_line(toy: list[Any], capsys: pytest.CaptureFixture[str], li
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (ConfigError("steps", "too\n many"), 2, "shoal: steps: too many"),
+        (ConfigError("out", "other settings:\n  steps: 1 -> 2\n"), 2, "shoal: out: other settings:\n  steps: 1 -> 2"),
         (PermissionError(13, "Permission denied", "runs/toy"), 2, "shoal: runs/toy: Permission denied"),
         (KeyboardInterrupt(), 130, "shoal: stopped; the same command resumes"),
     ],

@@ -18,10 +18,10 @@ _HOME = {
     "shoal.config.fields": ("ConfigError",),
     "shoal.studies.study": ("Study", "grid"),
     "shoal.results.claims": ("Claim", "Sample"),
-    "shoal.results.figures": ("Figure",),
+    "shoal.results.figures": ("Figure", "curves", "dots", "survival"),
     "shoal.results.rows": ("Rows",),
-    "shoal.studies.driver": ("run", "load"),
-    "shoal.inference": ("generate",),
+    "shoal.studies.driver": ("run", "load", "report"),
+    "shoal.inference": ("evaluate", "generate"),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

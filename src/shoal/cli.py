@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, 2 for what the user must change (one message on standard error), 130 when interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: _say(f"note: {message}")
+        warnings.showwarning = lambda message, *_, **__: _say(f"note: {' '.join(str(message).split())}")
         try:
             _dispatch(args)
             sys.stdout.flush()
@@ -306,17 +306,14 @@ def _driver() -> ModuleType:
 def _finish(result: Any) -> None:
     """A line for each claim, then the report's path."""
     for claim in result.claims:
-        low, high = claim["interval"] or (None, None)
-        print(f"{claim['verdict']:9}  {claim['claim']}: {_number(claim['value'])} [{_number(low)}, {_number(high)}], n = {claim['n']}")
+        low, high = claim["interval"]
+        interval = f"[{low:.4g}, {high:.4g}]" if math.isfinite(low) or math.isfinite(high) else "no interval"
+        print(f"{claim['verdict']:9}  {claim['claim'].rstrip('.')}: {claim['value']:.4g} {interval}, n = {claim['n']}")
     print(result.report)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
 def _say(message: str) -> None:
-    print("shoal:", " ".join(message.split()), file=sys.stderr)
+    print("shoal:", message.strip(), file=sys.stderr)
 
 
 def _stop(message: str, code: int) -> int:

@@ -83,6 +83,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         check(self.seeds >= 1, "seeds", f"at least 1 seed is needed, not {self.seeds}")
+        check(0 <= self.first_seed <= 2**31 - self.seeds, "first_seed", f"seeds are whole numbers from 0 to 2**31 - 1; {self.first_seed} does not fit")
         for path, values in self.grid.items():
             check(len(values) > 0, f"grid.{path}", "the list of values is empty; give at least one or remove the line")
             check(len({json.dumps(v, sort_keys=True) for v in values}) == len(values), f"grid.{path}", "a value is listed twice")

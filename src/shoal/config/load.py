@@ -165,7 +165,8 @@ def _read(text: str, source: str, lines: dict[str, int]) -> Any:
         return None if root is None else _plain(root, "", source, lines)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{source}:{line}", f"not YAML: {error.problem}") from None
+        fix = "; indent with spaces, not tabs" if "'\\t'" in str(error.problem) else ""
+        raise ConfigError(f"{source}:{line}", f"not YAML: {error.problem}{fix}") from None
     except yaml.reader.ReaderError as error:
         raise ConfigError(f"{source}:{text.count(chr(10), 0, error.position) + 1}", f"not YAML: {error.reason}") from None
     except RecursionError:

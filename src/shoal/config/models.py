@@ -45,7 +45,8 @@ class DecoderConfig:
             "positions",
             f"rotary positions need an even head width, not {self.width // self.num_heads}",
         )
-        check(0 <= self.dropout < 1, "dropout", "must lie in [0, 1)")
+        check(0 <= self.dropout < 1, "dropout", f"must lie in [0, 1), not {self.dropout}")
+        _check_scales(self, "embedding_std", "init_std", "init_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,12 @@ class EmbeddingMLPConfig:
         check(self.embedding >= 1, "embedding", "must be 1 or more")
         check(self.num_inputs >= 1, "num_inputs", "must be 1 or more")
         check(all(h >= 1 for h in self.hidden), "hidden", "widths must be 1 or more")
+        _check_scales(self, "embedding_std", "init_scale")
+
+
+def _check_scales(config: ModelConfig, *names: str) -> None:
+    for name in names:
+        check(0 <= getattr(config, name) < float("inf"), name, f"must be a finite number of 0 or more, not {getattr(config, name)}")
 
 
 ModelConfig = DecoderConfig | EmbeddingMLPConfig

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from shoal.config.fields import PerRun, check
 
 
 def _check(config: OptimizerConfig) -> None:
     for name, value in vars(config).items():
-        if name.startswith(("beta", "momentum")):
+        if "beta" in name or name == "momentum":
             check(0 <= value < 1, name, f"must lie in [0, 1), not {value}")
-        elif isinstance(value, float):
+        elif name.endswith(("lr", "wd", "eps")):
             check(0 <= value < float("inf"), name, f"must be a finite number of 0 or more, not {value}")
 
 
@@ -41,7 +42,7 @@ class AdamW:
     beta1: PerRun[float] = 0.9
     beta2: PerRun[float] = 0.999
     eps: PerRun[float] = 1e-8
-    decay: str = "all"  # "all" parameters, or "matrices" only (not biases, norms, embeddings' vectors of one dimension)
+    decay: Literal["all", "matrices"] = "all"  # matrices: not biases, norms and other vectors
     __post_init__ = _check
 
 
@@ -69,9 +70,8 @@ class Muon:
     adam_eps: PerRun[float] = 1e-8
 
     def __post_init__(self) -> None:
-        check(self.newton_schulz_steps >= 1, "newton_schulz_steps", "must be 1 or more")
-        for name in ("momentum", "adam_beta1", "adam_beta2"):
-            check(0 <= getattr(self, name) < 1, name, f"must lie in [0, 1), not {getattr(self, name)}")
+        _check(self)
+        check(self.newton_schulz_steps >= 1, "newton_schulz_steps", f"must be 1 or more, not {self.newton_schulz_steps}")
 
 
 OptimizerConfig = SGD | Adam | AdamW | Adagrad | Muon

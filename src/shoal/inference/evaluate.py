@@ -5,23 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.config import fields_per_run
-from shoal.contracts import Batch, Tables
+from shoal.config import RunConfig, fields_per_run
+from shoal.contracts import Batch, Tables, Task
 from shoal.train.objectives import OBJECTIVES, add, means
 from shoal.train.run import Run
 
 ROWS = 4096  # of one piece
 
 
-def tables_of(run: Run) -> Tables:
-    """The run's own data, as in its fleet."""
-    per_run = {path: [getattr(run.config.task, path)] for path in fields_per_run(run.config.task)}
-    return run.task.setup({**per_run, "split_seed": [run.config.seeds.split]}, "cpu")
+def tables_of(config: RunConfig, task: Task) -> Tables:
+    """A run's own data, as in its fleet."""
+    per_run = {path: [getattr(config.task, path)] for path in fields_per_run(config.task)}
+    return task.setup({**per_run, "split_seed": [config.seeds.split]}, "cpu")
 
 
 def batches(run: Run, split: str) -> list[Batch]:
     """The whole split without a run axis."""
-    return [batch.each(lambda x: x[0]) for batch in run.task.evaluation(tables_of(run), split, ROWS)]
+    return [batch.each(lambda x: x[0]) for batch in run.task.evaluation(tables_of(run.config, run.task), split, ROWS)]
 
 
 @torch.inference_mode()

@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index, lead) for index in range(config.num_layers))
         self.norm = _norm(config, lead) if config.norm_place == "pre" else nn.Identity()
         self.head = None if config.tied else Linear(config.width, vocab_size, bias=False, lead=lead)
-        self.register_buffer("rate", torch.full(lead, config.dropout) if config.dropout > 0 else None, persistent=False)
+        self.register_buffer("rate", torch.full(lead, config.dropout, device="cpu") if config.dropout > 0 else None, persistent=False)
 
     def forward(self, tokens: Tensor, context: Context = EVERYTHING, cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
         """int64 [*L, B, T] -> hidden [*L, B, S, D] and the cache after these tokens."""

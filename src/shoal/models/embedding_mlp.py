@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shoal.config.fields import check
 from shoal.config.models import EmbeddingMLPConfig
 from shoal.contracts import Context
 from shoal.nn import Embedding, Linear, Normal, Uniform
@@ -30,7 +31,9 @@ class EmbeddingMLP(nn.Module):
 
     def forward(self, tokens: Tensor, context: Context | None = None, cache: None = None) -> tuple[Tensor, None]:
         """int64 [*L, B, T] -> hidden [*L, B, 1, F]."""
-        x = self.embedding(tokens[..., : self.config.num_inputs]).flatten(-2).unsqueeze(-2)
+        num_inputs = self.config.num_inputs
+        check(tokens.shape[-1] >= num_inputs, "num_inputs", f"this model reads {num_inputs} tokens at once, and there are only {tokens.shape[-1]}")
+        x = self.embedding(tokens[..., :num_inputs]).flatten(-2).unsqueeze(-2)
         for layer in self.hidden:
             x = torch.relu(layer(x))
         return x, None

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from textwrap import fill
 from typing import Any
 from zlib import crc32
 
@@ -115,7 +116,7 @@ def curves(
         columns = 1 if len(panels) == 1 else 2 if len(panels) in (2, 4) else 3
         tall, bands = math.ceil(len(panels) / columns), len(shown) > 1 or len(groups) <= len(PALETTE)
         log = logx and any((steps > 0).any() for metric in shown for steps, _ in rows.curve(metric))
-        drawing, axes = canvas(0.7 + 2.3 * tall if tall * columns > 1 else 3.7 if bands else 3.7 + 0.1 * len(groups), columns, tall)
+        drawing, axes = canvas(0.7 + 2.3 * tall if tall * columns > 1 else 3.7, columns, tall)
         for spare in axes[len(panels) :]:
             spare.set_axis_off()
         lines = len(shown) * len(panels) if len(shown) > 1 else len(groups)
@@ -126,7 +127,7 @@ def curves(
             if len(shown) > 1:
                 pieces = [(metric, part, *_named(metric)) for metric in shown]
                 count = plural(len(part), "run")
-                axis.set_title(f"{setting(values)}  (n = {len(part)})" if values else count)
+                axis.set_title(fill(f"{setting(values)} (n = {len(part)})", 96 // columns) if values else count)
             else:
                 pieces = [
                     (shown[0], some, f"{setting(v) or _named(shown[0])[0]} (n = {len(some)})", colour)
@@ -165,7 +166,7 @@ def survival(
         drawing, (axis,) = canvas(3.4)
         timed = [(values, *part.reached(metric, threshold, sustained)) for values, part in groups]
         last = max(float(times.max()) for _, times, _ in timed)
-        first = min([float(t) for _, times, _ in timed for t in times if t > 0], default=1.0)
+        first = min([float(t) for _, times, observed in timed for t in times[observed & (times > 0)]], default=last / 10 or 1.0)
         log = logx and last > 0
         for (values, times, observed), colour in zip(timed, _colours(len(groups)), strict=True):
             t, share, low, high = kaplan_meier(times, observed)
@@ -282,6 +283,8 @@ def _scales(axis: Axes, logx: bool, logy: bool, shown: Sequence[str]) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
     if logy:
         axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 30 else (1.0, 2.0, 5.0)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
         axis.yaxis.set_minor_locator(NullLocator())
     elif all(name.endswith(("accuracy", "exact", "share")) for name in shown):
@@ -290,10 +293,11 @@ def _scales(axis: Axes, logx: bool, logy: bool, shown: Sequence[str]) -> None:
 
 
 def _legend(drawing: Drawing, axis: Axes) -> None:
-    """Above the axes, where there are no data."""
+    """Above the axes, where there are no data; past the first line the drawing grows by what it takes."""
     handles, labels = axis.get_legend_handles_labels()
-    longest = max(map(len, labels), default=1)
-    drawing.legend(handles, labels, loc="outside upper left", ncols=max(1, min(len(labels), 105 // (longest + 8))), columnspacing=1.6)
+    columns = max(1, min(len(labels), 105 // (max(map(len, labels), default=1) + 8)))
+    drawing.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.6)
+    drawing.set_figheight(drawing.get_figheight() + 0.19 * (math.ceil(len(labels) / columns) - 1))
 
 
 def _colours(count: int) -> list[Any]:

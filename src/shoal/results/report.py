@@ -7,6 +7,7 @@ Works at any time, also on an unfinished study, and says so; what is missing is 
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from shoal.results.rows import Rows
 from shoal.results.store import Store, write_atomic, write_json
 from shoal.results.wording import NOTHING, duration, interval, magnitude, number
 
-APART = ("study", "question", "config", "claims", "command", "preset")  # of study.yaml, told in their own places
+APART = ("study", "question", "config", "settings", "claims", "figures", "command", "preset")  # of study.yaml, told in their own places
 
 
 def write_report(
@@ -109,6 +110,7 @@ def _command(store: Store, study_name: str) -> str:
     return shlex.join(["shoal", "run", study_name, *(["--preset", str(preset)] if preset else []), "--out", str(store.directory)])
 
 
+@functools.cache
 def _environment(html: bool) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -88,10 +88,9 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
 _ABSENT = "(absent)"
 
 
-def _claims(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Claims by their text, so that a difference names the claim and not its place."""
-    claims = record.get("claims") or {}
-    return {f'"{claim.get("claim", i)}"': claim for i, claim in enumerate(claims)} if isinstance(claims, list) else dict(claims)
+def _claims(record: Mapping[str, Any]) -> dict[str, str]:
+    """Claims by their text, so that a difference names the claim and not its place; the hash shows that its source changed."""
+    return {f'"{claim["claim"]}"': f"holds in {claim['holds']}, hash {claim['hash'][:10]}" for claim in record.get("claims") or ()}
 
 
 class Store:
@@ -123,8 +122,9 @@ class Store:
     def _resume(cls, path: Path, new: dict[str, Any]) -> Store:
         store = cls.read(path)
         old = store.record
-        lines = difference({"study": old.get("study")}, {"study": new.get("study")}) + difference(old.get("config") or {}, new.get("config") or {})
-        lines += [f"claim {line}" for line in difference(_claims(old), _claims(new))]
+        if old.get("study") != new.get("study"):
+            raise ConfigError("out", f"{path} holds the study {old.get('study')}, not {new.get('study')}; choose another --out")
+        lines = difference(old.get("config") or {}, new.get("config") or {}) + [f"claim {line}" for line in difference(_claims(old), _claims(new))]
         if lines:
             raise ConfigError(
                 "out",

@@ -160,13 +160,13 @@ def data(rows: Rows) -> dict[str, Any]:
 
 
 def measures(rows: Rows) -> list[dict[str, Any]]:
-    """Per measure: "names" of columns and "lines" of text; "long" when a text needs room (samples); "total" lines there are."""
+    """Per measure, those of few lines first: "names" of columns and "lines" of text; "long" when a text needs room (samples); "total" lines there are."""
     paths, found = settings(rows), {}
     for row in rows:
         for name, entries in row["measures"].items():
             found.setdefault(name, []).extend((run_label(row, paths), entry) for entry in entries)
     out = []
-    for name, entries in found.items():
+    for name, entries in sorted(found.items(), key=lambda item: len(item[1])):
         columns = list(dict.fromkeys(key for _, entry in entries for key in entry))
         shown = [[label, *(_cell(entry.get(key)) for key in columns)] for label, entry in entries[:SHOWN]]
         long = any("\n" in text or len(text) > 60 for line in shown for text in line[1:])
@@ -175,6 +175,9 @@ def measures(rows: Rows) -> list[dict[str, Any]]:
 
 
 def _cell(value: Any) -> str:
+    """Text with nothing or blanks at its ends in quotes: a sample may be one space."""
+    if isinstance(value, str) and (value == "" or value != value.strip()):
+        return f"“{value}”"
     return setting(value) if isinstance(value, Mapping) else number(value)
 
 

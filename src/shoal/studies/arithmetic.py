@@ -9,9 +9,11 @@ from shoal.config import Adam, DecoderConfig, ModularConfig, RunConfig, Schedule
 from shoal.results.claims import Claim, Sample
 from shoal.results.figures import curves, survival
 from shoal.results.rows import Rows
+from shoal.results.wording import plural
 from shoal.studies.study import Study
 
 VARIED = ("task.p", "task.operation", "model.num_layers")
+NAMES = {"add": "addition", "sub": "subtraction", "mul": "multiplication", "div": "division"}
 
 
 def full() -> StudyConfig:
@@ -53,17 +55,15 @@ def _accuracy(rows: Rows, cell: dict[str, Any]) -> Sample:
     return Sample([row["measures"]["test"][0]["accuracy"] for row in rows.where(cell)], bounds=(0, 1))
 
 
+def _claim(p: int, operation: str, num_layers: int) -> Claim:
+    cell = dict(zip(VARIED, (p, operation, num_layers), strict=True))
+    text = f"With {plural(num_layers, 'layer')}, {NAMES[operation]} modulo {p} is learned: mean test accuracy above 99 %."
+    return Claim(text, lambda rows: _accuracy(rows, cell), (0.99, 1.0))
+
+
 def study(config: StudyConfig) -> Study:
     flats = [flatten(run) for run in config.runs()]
-    cells = sorted({tuple((path, flat[path]) for path in VARIED) for flat in flats})
-    claims = [
-        Claim(
-            "{} layer(s) learn {} modulo {}: mean test accuracy above 99 %.".format(*(value for _, value in reversed(cell))),
-            lambda rows, cell=cell: _accuracy(rows, dict(cell)),
-            (0.99, 1.0),
-        )
-        for cell in cells
-    ]
+    claims = [_claim(*cell) for cell in sorted({tuple(flat[path] for path in VARIED) for flat in flats})]
     return Study(
         name="arithmetic",
         question=__doc__ or "",

@@ -6,26 +6,36 @@ result.frame(), result.claims, result.report
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import importlib
 import importlib.metadata
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shoal import tasks
 from shoal.config import RunConfig, StudyConfig, flatten, run_id
-from shoal.config.fields import ConfigError
+from shoal.config.fields import ConfigError, check
 from shoal.config.load import structure, unstructure
+from shoal.inference.evaluate import tables_of
 from shoal.results import claims
 from shoal.results.figures import curves
 from shoal.results.report import write_report
-from shoal.results.rows import Rows
+from shoal.results.rows import Rows, lower_is_better
 from shoal.results.store import Store
+from shoal.results.tables import main_key
+from shoal.results.wording import plural
 from shoal.studies import STUDIES
 from shoal.studies.progress import FleetProgress
 from shoal.studies.study import Study
@@ -37,6 +47,8 @@ from shoal.train.run import Run
 CHECKPOINT_EVERY = 60.0  # seconds of training that a crash may cost
 CHUNK_SECONDS = 0.5  # aimed at between two looks at the progress line
 LARGEST_FLEET = 1024
+COMPILE = {"auto": None, "on": True, "off": False}
+METRICS = ("loss", "accuracy", "exact")
 
 
 @dataclass(frozen=True)
@@ -61,30 +73,38 @@ def run(
 ) -> Result:  # fmt: skip
     """Everything the study wants that is not there yet, then its report. ``command``: how a reader repeats this, for the report."""
     device = find_device(device)
-    wanted = _distinct(study.wanted(Rows([])))
-    if not wanted:
-        raise ConfigError("study", f"{study.name} wants no runs; give at least one seed and one value for every grid field")
-    record = _record(study, wanted, device, preset, command)
-    compiled = {"auto": None, "on": True, "off": False}[compile]
-    store = Store.open(out, record)
+    check(compile in COMPILE, "compile", f"{compile!r} is not one of {', '.join(COMPILE)}")
+    largest = LARGEST_FLEET if max_runs_per_fleet is None else max_runs_per_fleet
+    check(largest >= 1, "max_runs_per_fleet", f"must be 1 or more, not {largest}")
+    new = _wanted(study, Rows())
+    check(bool(new), "study", f"{study.name} wants no runs; give at least one seed and one value for every grid field")
+    notes = _check(study, new.values())
+    store = Store.open(
+        out, _record(study, list(new.values()), device, preset, command or f"shoal.run(study, {str(out)!r})  # Python, with the study's definition")
+    )
     with store.lock(), FleetProgress(progress) as shown:
-        for fleet in store.fleets():
-            if not fleet["done"]:
-                _train(store, study, [config_of(entry["config"]) for entry in fleet["runs"]], device, compiled, shown, f"fleet {fleet['order'] + 1}, resumed")
-        known = {entry["id"] for fleet in store.fleets() for entry in fleet["runs"]}
-        while new := [config for config in wanted if run_id(config) not in known]:
-            groups = plan(new, max_runs_per_fleet or LARGEST_FLEET)
-            for number, runs in enumerate(groups):
-                _train(store, study, runs, device, compiled, shown, f"fleet {number + 1} of {len(groups)}, {len(runs)} run{'s' if len(runs) > 1 else ''}")
-            known |= {run_id(config) for config in new}
-            wanted = _distinct(study.wanted(store.rows()))
+        asked: dict[str, RunConfig] = {}
+        while new:
+            asked |= new
+            groups = plan(new.values(), largest)
+            there = len(new.keys() & _trained(store))
+            begun = f", {'all' if there == len(new) else there} trained already" if there else ""
+            for note in (*notes, f"{study.name}: {plural(len(new), 'run')} in {plural(len(groups), 'fleet')} on {device}{begun}; results go to {out}"):
+                shown.note(note)
+            for number, group in enumerate(groups):
+                _complete(store, group, device, COMPILE[compile], shown, f"fleet {number + 1}/{len(groups)}")
+            _measure(store, study, asked)
+            # A stage sees the rows of the stages before it and no others, so a resumed study asks for what an uninterrupted one asks for.
+            so_far = Rows([row for row in store.rows() if row["id"] in asked])
+            new = {identity: config for identity, config in _wanted(study, so_far).items() if identity not in asked}
+            notes = _check(study, new.values())
         return _report(store, study)
 
 
 def train(config: RunConfig, out: str | Path, *, device: str = "auto", command: str | None = None) -> Result:
     """One run, with a report and no claims."""
     metric = config.stop_metric or (f"{config.evaluate[-1]}/loss" if config.evaluate else "batch/loss")
-    return run(_single(Path(out).name, metric, [config]), out, device=device, command=command)
+    return run(_single(Path(out).resolve().name, metric, config.evaluate, [config]), out, device=device, command=command)
 
 
 def report(directory: str | Path, study: Study | None = None) -> Path:
@@ -93,16 +113,18 @@ def report(directory: str | Path, study: Study | None = None) -> Path:
     record = store.record
     if study is None and record.get("settings") and record["study"] in STUDIES:
         study = importlib.import_module(STUDIES[record["study"]]).study(structure(StudyConfig, record["settings"]))
-    if study is None and record.get("claims"):
-        raise ConfigError(str(directory), "this study was defined in Python, and its claims with it; call shoal.report(directory, study)")
+    if study is None:
+        study = _single(record["study"], record["main_metric"], record["config"]["evaluate"], [])
+        if record.get("claims") or record.get("figures") != [figure.name for figure in study.figures]:
+            raise ConfigError(str(directory), "this study was defined in Python, its claims and figures with it; call shoal.report(directory, study)")
+    check(study.name == record["study"], str(directory), f"holds the study {record['study']!r}, not {study.name!r}; give its own")
     with store.lock():
-        return _report(store, study or _single(record["study"], record["main_metric"], [])).report
+        return _report(store, study).report
 
 
-def _single(name: str, metric: str, runs: list[RunConfig]) -> Study:
+def _single(name: str, metric: str, splits: Sequence[str], runs: list[RunConfig]) -> Study:
     """What has no questions of its own: the curves of whatever was measured."""
-    kind = metric.rpartition("/")[2]
-    shown = list(dict.fromkeys(f"{split}/{kind}" for config in runs for split in config.evaluate)) or [metric]
+    shown = [f"{split}/{metric.rpartition('/')[2]}" for split in splits] or [metric]
     return Study(name=name, question="How does this run train?", main_metric=metric, wanted=lambda rows: runs, figures=[curves(shown)])
 
 
@@ -118,7 +140,7 @@ def load(path: str | Path) -> Run:
     if not trained:
         raise ConfigError(directory, "holds no trained run yet")
     if wanted is None:
-        wanted = _best(rows, metric, trained)
+        wanted = _best(Rows([row for row in rows if row["id"] in trained]), metric)
         if len(rows) > 1:
             print(f"{len(rows)} runs; taking the best by {metric}: {directory}:{wanted}", file=sys.stderr)
     for fleet in store.fleets():
@@ -148,7 +170,54 @@ def config_of(flat: Mapping[str, Any]) -> RunConfig:
     return structure(RunConfig, nested)
 
 
-def _train(store: Store, study: Study, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str) -> None:
+def _wanted(study: Study, rows: Rows) -> dict[str, RunConfig]:
+    """Id -> run, each once, with values as a file has them (1 for a rate is 1.0), so that a run read back has the same id. ConfigError for a wrong type."""
+    runs = [structure(RunConfig, unstructure(config)) for config in study.wanted(rows)]
+    return {run_id(config): config for config in runs}
+
+
+def _check(study: Study, runs: Collection[RunConfig]) -> list[str]:
+    """Whatever these runs have wrong, found before a file is written; and what a reader should be told about their data."""
+    for config in {(config.task, config.model, config.evaluate, config.stop_metric): config for config in runs}.values():
+        validate(config)
+    metrics = list(dict.fromkeys(f"{split}/{metric}" for config in runs for split in config.evaluate for metric in METRICS))
+    lead = study.main_metric.removeprefix("final.").removeprefix("best.")
+    check(
+        not runs or lead in (*metrics, *(f"batch/{metric}" for metric in METRICS)),
+        "main_metric",
+        f"{study.name} is judged by {lead}, which is not measured; add it to evaluate, or lead with {', '.join(metrics) or 'batch/loss'}",
+    )
+    notes = []
+    for config in {(config.task, config.evaluate): config for config in runs}.values():
+        task = tasks.build(config.task)
+        tables = tables_of(config, task)
+        for split in config.evaluate:
+            some = any(bool((batch.weights > 0).any()) for batch in task.evaluation(tables, split, 4096))
+            check(some, "evaluate", f"there are no {split} rows; raise task.{split}_fraction, or leave {split} out of evaluate")
+        facts = task.describe(tables, 0)
+        if facts.get("rows dropped"):
+            notes.append(f"note: {facts['rows dropped']} of {facts['rows dropped'] + facts['rows']} rows are left out: {facts['dropped because']}")
+    return list(dict.fromkeys(notes))
+
+
+def _trained(store: Store) -> set[str]:
+    return {entry["id"] for fleet in store.fleets() if fleet["done"] for entry in fleet["runs"]}
+
+
+def _complete(store: Store, group: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str) -> None:
+    """What is missing of a planned fleet: first what was begun of it, perhaps as one of two halves, then what was not."""
+    missing = {run_id(config): config for config in group}
+    for fleet in store.fleets():
+        if not fleet["done"] and fleet["runs"][0]["id"] in missing:
+            begun = [config_of(entry["config"]) for entry in fleet["runs"]]
+            _train(store, begun, device, compiled, shown, f"{name}, {plural(len(begun), 'run')} (resumed)")
+        for entry in fleet["runs"]:
+            missing.pop(entry["id"], None)
+    if missing:
+        _train(store, list(missing.values()), device, compiled, shown, f"{name}, {plural(len(missing), 'run')}")
+
+
+def _train(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str) -> None:
     """One fleet to its end, resumed where it stopped; with too little GPU memory as two of half the size."""
     identity = fleet_id(runs)
     place = store.fleet_directory(identity) / "checkpoint"
@@ -157,25 +226,16 @@ def _train(store: Store, study: Study, runs: Sequence[RunConfig], device: str, c
         fleet, extra = checkpoint.load(runs, place, device)
         store.truncate(identity, extra["parts"])
     else:
-        for config in runs:
-            validate(config)
-        try:
-            fleet = Fleet.build(runs, device, compile=compiled)
-            tables.append(fleet.advance(1))
-        except torch.OutOfMemoryError:
-            if len(runs) == 1:
-                raise ConfigError("batch_size", "one run does not fit into the GPU's memory; make the batch smaller or raise accumulate") from None
-            shown.note(f"{name}: does not fit into memory; training it as two fleets")
-            torch.cuda.empty_cache()
-            half = len(runs) // 2
-            for part, piece in enumerate((runs[:half], runs[half:])):
-                _train(store, study, piece, device, compiled, shown, f"{name}, part {part + 1}")
-            return
+        begun = _begin(runs, device, compiled)
+        if begun is None:
+            return _halve(store, runs, device, compiled, shown, name)
+        fleet, table = begun
+        tables.append(table)
+        shutil.rmtree(store.fleet_directory(identity), ignore_errors=True)  # begun before, but without a checkpoint nothing of it can be used
         store.start_fleet(identity, {"runs": [{"id": run_id(r), "config": flatten(r)} for r in runs], **fleet.record()})
-        store.truncate(identity, 0)
     chunk, saved = 1, time.perf_counter()
-    try:
-        while not fleet.done:
+    with _interruptions() as interrupted:
+        while not (fleet.done or interrupted):
             began = time.perf_counter()
             tables.append(fleet.advance(chunk))
             took = time.perf_counter() - began
@@ -184,15 +244,65 @@ def _train(store: Store, study: Study, runs: Sequence[RunConfig], device: str, c
             if time.perf_counter() - saved > CHECKPOINT_EVERY:
                 _save(store, fleet, identity, place, tables)
                 tables, saved = [], time.perf_counter()
-    except KeyboardInterrupt:
         _save(store, fleet, identity, place, tables)
-        raise
-    _save(store, fleet, identity, place, tables)
-    for number, config in enumerate(runs):
-        for measure, function in study.measures.items():
-            store.add_measure(run_id(config), measure, function(fleet.one(number)))
-    shown.update(name, fleet, last=True)
-    store.finish_fleet(identity, {"runs": fleet.outcomes(), "seconds": fleet.seconds, "steps": fleet.step})
+    if fleet.done:
+        store.finish_fleet(identity, {"runs": fleet.outcomes(), "seconds": fleet.seconds, "steps": fleet.step})
+        shown.update(name, fleet, last=True)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _begin(runs: Sequence[RunConfig], device: str, compiled: bool | None) -> tuple[Fleet, Table] | None:
+    """A new fleet after its first evaluation and step, when it holds all the memory it will need; None where that is not to be had."""
+    try:
+        fleet = Fleet.build(runs, device, compile=compiled)
+        return fleet, fleet.advance(1)
+    except torch.OutOfMemoryError:
+        return None  # and not handled here: until this returns, the error holds on to the fleet
+
+
+def _halve(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str) -> None:
+    check(len(runs) > 1, "batch_size", "one run does not fit into the GPU's memory; make the batch smaller or raise accumulate, with another --out")
+    shown.note(f"{name}: does not fit into memory; training it as two fleets")
+    gc.collect()
+    torch.cuda.empty_cache()
+    half = len(runs) // 2
+    for part, piece in enumerate((runs[:half], runs[half:])):
+        _train(store, piece, device, compiled, shown, f"{name}, part {part + 1}")
+
+
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """Ctrl-C fills the list instead of tearing a step apart: it is looked at between chunks, where state and rows agree. A second one stops at once.
+
+    Then, as after a crash, training goes on from the last checkpoint. Handlers other than Python's own are left alone.
+    """
+    heard: list[int] = []
+
+    def hear(number: int, _: Any) -> None:
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(number)
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, hear)
+    try:
+        yield heard
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _measure(store: Store, study: Study, asked: Mapping[str, RunConfig]) -> None:
+    """What the study looks at after training, for every run that lacks it."""
+    for fleet in store.fleets():
+        for place, entry in enumerate(fleet["runs"]):
+            missing = study.measures.keys() - store.measures(entry["id"]).keys() if entry["id"] in asked else ()
+            if missing:
+                trained = checkpoint.load_run(asked[entry["id"]], place, store.fleet_directory(fleet["id"]) / "checkpoint")
+                for name in sorted(missing):
+                    store.add_measure(entry["id"], name, study.measures[name](trained))
 
 
 def _save(store: Store, fleet: Fleet, identity: str, place: Path, tables: list[Table]) -> None:
@@ -202,19 +312,19 @@ def _save(store: Store, fleet: Fleet, identity: str, place: Path, tables: list[T
 
 
 def _report(store: Store, study: Study) -> Result:
-    report = write_report(store, study.name, study.question, study.figures, study.claims, study.main_metric)
+    hashed = {claim["hash"] for claim in store.record.get("claims") or ()}
+    changed = [claim.text for claim in study.claims if claims.fingerprint(claim) not in hashed]
+    notes = [f"Not as it was hashed before training: {text}" for text in changed]
+    report = write_report(store, study.name, study.question, study.figures, study.claims, study.main_metric, notes)
     rows = store.rows()
     return Result(store.directory, rows, [dict(claims.judge(claim, rows)) for claim in study.claims], report)
 
 
-def _distinct(runs: Sequence[RunConfig]) -> list[RunConfig]:
-    return list({run_id(config): config for config in runs}.values())
-
-
-def _best(rows: Rows, metric: str, among: set[str]) -> str:
-    sign = 1.0 if metric.endswith("loss") else -1.0
-    scored = [(sign * value, row["id"]) for row in rows if row["id"] in among and (value := row.get(f"final.{metric}")) is not None]
-    return min(scored)[1] if scored else min(among)
+def _best(rows: Rows, metric: str) -> str:
+    """The id of the run that is best by its last value; the first of equals."""
+    key, _ = main_key(metric)
+    sign = 1.0 if lower_is_better(metric) else -1.0
+    return min(rows, key=lambda row: sign * row[key] if key in row else float("inf"))["id"]
 
 
 def _record(study: Study, wanted: Sequence[RunConfig], device: str, preset: str | None, command: str | None) -> dict[str, Any]:
@@ -225,6 +335,8 @@ def _record(study: Study, wanted: Sequence[RunConfig], device: str, preset: str 
     for path in paths:
         values = list({repr(flat.get(path)): flat.get(path) for flat in flats}.values())
         config[path] = values[0] if len(values) == 1 else values
+    digest = hashlib.sha256(" ".join(map(run_id, wanted)).encode()).hexdigest()[:10]  # which values go together
+    config["runs"] = f"{len(wanted)}, hash {digest}"
     versions = {name: importlib.metadata.version(name) for name in ("shoal", "torch", "numpy")}
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
@@ -237,6 +349,7 @@ def _record(study: Study, wanted: Sequence[RunConfig], device: str, preset: str 
         "config": config,
         "settings": unstructure(study.config) if study.config else None,
         "claims": claims.record(study.claims),
+        "figures": [figure.name for figure in study.figures],
         "versions": versions | {"python": sys.version.split()[0]},
         "device": hardware,
         "git": _git_state(),

@@ -8,12 +8,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from shoal.results.wording import duration, number
 
 if TYPE_CHECKING:
     from shoal.train.fleet import Fleet
 
-PLAIN_EVERY = 10.0  # seconds
+PLAIN_AFTER, PLAIN_EVERY = 3.0, 10.0  # seconds of a fleet before its first plain line, and between two
 
 
 class FleetProgress:
@@ -23,9 +25,9 @@ class FleetProgress:
         console = Console(stderr=True)
         self.shown, self.live = shown, shown and console.is_terminal
         self.bars: dict[str, TaskID] = {}
-        self.began: dict[str, tuple[float, int]] = {}
-        self.said = 0.0
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True))
+        self.began: dict[str, tuple[float, int]] = {}  # name -> when it was first seen, and at which step
+        self.next = 0.0
+        columns = (BarColumn(bar_width=10), TextColumn("{task.description}: {task.fields[text]}"))  # one text, which a narrow terminal cuts at its end
         self.rich = Progress(*columns, console=console, disable=not self.live)
 
     def __enter__(self) -> FleetProgress:
@@ -37,37 +39,35 @@ class FleetProgress:
 
     def note(self, text: str) -> None:
         if self.live:
-            self.rich.console.print(text, highlight=False)
+            self.rich.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self.shown:
             print(text, file=sys.stderr, flush=True)
 
     def update(self, name: str, fleet: Fleet, *, last: bool = False) -> None:
         now = time.perf_counter()
-        began, first = self.began.setdefault(name, (now, fleet.step))
-        text = line(fleet, (fleet.step - first) / max(now - began, 1e-9))
+        if name not in self.began:
+            self.began[name], self.next = (now, fleet.step), now + PLAIN_AFTER
+        began, first = self.began[name]
+        text = line(fleet, (fleet.step - first) / max(now - began, 1e-9), last)
         if self.live:
             if name not in self.bars:
                 self.bars[name] = self.rich.add_task(name, total=fleet.last_step, text="")
             self.rich.update(self.bars[name], completed=fleet.last_step if last else fleet.step, text=text)
-        elif self.shown and (last or now - self.said > PLAIN_EVERY):
-            self.said = now
-            rate = (fleet.step - first) / max(now - began, 1e-9)
-            remaining = "" if last or not rate else f", at most {_duration((fleet.last_step - fleet.step) / rate)} left"
-            print(f"{name}: {text}{remaining}", file=sys.stderr, flush=True)
+        elif self.shown and (last or now > self.next):
+            self.next = now + PLAIN_EVERY
+            print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 
-def line(fleet: Fleet, rate: float) -> str:
-    """step 1,200 of 3,000, 41.3 steps/s, val/accuracy median 0.99 best 1, 3 finished, 0 dead"""
-    parts = [f"step {fleet.step:,} of {fleet.last_step:,}", f"{rate:.3g} steps/s"]
+def line(fleet: Fleet, rate: float, last: bool = False) -> str:
+    """step 1,200/3,000, val/accuracy median 0.99 best 1, 41.3 steps/s, at most 44 s left, 3/8 finished, 1 dead"""
+    parts = [f"step {fleet.step:,}/{fleet.last_step:,}"]
     if "median" in fleet.summary:
-        parts.append(f"{fleet.summary_metric} median {fleet.summary['median']:.4g} best {fleet.summary['best']:.4g}")
-    parts.append(f"{fleet.summary.get('finished', 0):.0f} finished")
+        middle, best = fleet.summary["median"], fleet.summary["best"]
+        parts.append(f"{fleet.summary_metric} {best:.4g}" if len(fleet.runs) == 1 else f"{fleet.summary_metric} median {middle:.4g} best {best:.4g}")
+    if rate:
+        parts.append(f"{number(float(f'{rate:.3g}'))} steps/s")
+        parts += [] if last else [f"at most {duration((fleet.last_step - fleet.step) / rate)} left"]
+    parts.append(f"{fleet.summary.get('finished', 0):.0f}/{len(fleet.runs)} finished")
     if fleet.summary.get("dead"):
         parts.append(f"{fleet.summary['dead']:.0f} dead")
     return ", ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

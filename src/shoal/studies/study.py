@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shoal.config import RunConfig, StudyConfig
+from shoal.config.load import override
 from shoal.results.claims import Claim
 from shoal.results.figures import Figure
 from shoal.results.rows import Rows
@@ -30,6 +31,9 @@ class Study:
 
 
 def grid(run: RunConfig, values: Mapping[str, Sequence[Any]] | None = None, *, seeds: int = 3, first_seed: int = 0) -> Wanted:
-    """All combinations of ``values`` (dotted path -> values), every seed: ``grid(RunConfig(), {"optimizer.lr": [1e-3, 1e-2]}, seeds=8)``."""
-    config = StudyConfig(run=run, grid={path: list(v) for path, v in (values or {}).items()}, seeds=seeds, first_seed=first_seed)
+    """All combinations of ``values`` (dotted path -> values), every seed: ``grid(RunConfig(), {"optimizer.lr": [1e-3, 1e-2]}, seeds=8)``.
+
+    ConfigError for a path that is not there, a value of the wrong type, an empty list.
+    """
+    config = override(StudyConfig(run=run, grid={path: list(v) for path, v in (values or {}).items()}, seeds=seeds, first_seed=first_seed), {})
     return lambda rows: config.runs()

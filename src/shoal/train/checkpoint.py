@@ -7,10 +7,11 @@ checkpoint/fleet.json             step, who is present, statuses, what the calle
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def save(fleet: Fleet, directory: Path, extra: dict[str, Any]) -> None:
 def load(runs: Sequence[RunConfig], directory: Path, device: str | torch.device) -> tuple[Fleet, dict[str, Any]]:
     """The fleet as saved, and ``extra``."""
     directory = _existing(directory)
-    state = json.loads((directory / STATE).read_text())
+    with _readable(directory / STATE):
+        state = json.loads((directory / STATE).read_text())
     fleet = Fleet(runs, device, compile=state["compiled"])
     fleet.step, fleet.evaluated, fleet.seconds = state["step"], state["evaluated"], state["seconds"]
     fleet.present = state["present"]
@@ -88,15 +90,11 @@ def load(runs: Sequence[RunConfig], directory: Path, device: str | torch.device)
 def load_run(config: RunConfig, place: int, directory: Path) -> Run:
     """Run number ``place`` (as born) of the fleet saved there, by itself, read without its mates."""
     path = _existing(directory) / MODEL
-    _check(path)
     task = tasks.build(config.task)
     with torch.device("meta"):
         model = models.build(config.model, task.vocab_size, task.max_length)
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_slice(name)[place] for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise _damaged(path, error) from None
+    with _readable(path), safe_open(path, "pt") as file:
+        tensors = {name: file.get_slice(name)[place] for name in file.keys()}  # noqa: SIM118
     layout = Layout({name: tuple(p.shape) for name, p in model.named_parameters()}, {"flat": [name for name, _ in model.named_parameters()]})
     layout.bind(model, layout.pack(tensors, 0))
     return Run(config=config, task=task, model=model.requires_grad_(False))
@@ -117,23 +115,23 @@ def _existing(directory: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    _check(path)
-    try:
+    with _readable(path):
         return load_file(path)
-    except SafetensorError as error:
-        raise _damaged(path, error) from None
 
 
-def _check(path: Path) -> None:
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What is wrong with the file, and what to do, in place of the reader's own errors."""
+    fix = "delete this checkpoint directory to train its fleet again from the start"
     if not path.exists():
-        raise ConfigError(str(path), "is missing; delete this checkpoint directory to train its fleet again from the start")
-    with path.open("rb") as file:
-        if file.read(4)[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            raise ConfigError(str(path), "is a pickle, which could run code when loaded; shoal reads safetensors only")
-
-
-def _damaged(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(str(path), f"is damaged or cut short ({error}); delete this checkpoint directory to train its fleet again from the start")
+        raise ConfigError(str(path), f"is missing; {fix}")
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            pickled = file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # asked only now: a good file may begin so, too
+        reason = "is a pickle, which could run code when loaded; shoal reads safetensors only" if pickled else f"is damaged or cut short ({error})"
+        raise ConfigError(str(path), f"{reason}; {fix}") from None
 
 
 def _flush(path: Path) -> None:

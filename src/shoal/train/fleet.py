@@ -110,7 +110,7 @@ class Fleet:
 
     @property
     def done(self) -> bool:
-        return self.step == self.evaluated and bool((self.status != RUNNING).all())
+        return bool((self.status != RUNNING).all())
 
     def advance(self, num_steps: int) -> Table:
         """Up to ``num_steps`` updates of every running run, and the evaluations that fall due; the rows, in one transfer."""
@@ -123,6 +123,8 @@ class Fleet:
                 self.evaluated = self.step
                 if self.step // self.config.evaluate_every % COMPACT_EVERY == 0:
                     self._compact()
+                if self.device.type == "cpu" and self.done:  # asking a GPU would mean to wait for it
+                    break
             if made == num_steps or self.step == self.last_step:
                 break
             metrics = self._captured_step()
@@ -130,8 +132,6 @@ class Fleet:
                 entries.append((self.step, list(self.present), _copy(metrics)))
             self.step += 1
             made += 1
-            if self.device.type == "cpu" and made % 16 == 0 and self.done:
-                break
         table = _table(entries)
         self._summarise(table)
         self.seconds += time.perf_counter() - began
@@ -143,7 +143,7 @@ class Fleet:
 
     def keep(self, index: Sequence[int]) -> None:
         """Go on with the runs at these places along R; the others leave with their parameters as they are."""
-        status, ended = self.status.tolist(), self.ended.tolist()
+        status, ended = self.status.tolist(), self._made().tolist()
         for place, run in enumerate(self.present):
             if place not in set(index):
                 self.departed[run] = (self.flat[place].cpu(), status[place], ended[place])
@@ -156,17 +156,16 @@ class Fleet:
     def one(self, run: int) -> Run:
         """Run number ``run`` (as born) by itself, with L = ()."""
         flat = self.departed[run][0] if run in self.departed else self.flat[self.present.index(run)].cpu()
-        model = self._new_model(())
+        model = self._new_model((), run)
         self.layout.bind(model, flat.clone())
         config = self.runs[run]
         return Run(config=config, task=tasks.build(config.task), model=model.requires_grad_(False))
 
     def outcomes(self) -> list[dict[str, Any]]:
         """Per run as born: {"status", "steps"}."""
-        status, ended = self.status.tolist(), self.ended.tolist()
-        now = {run: (status[place], ended[place]) for place, run in enumerate(self.present)}
+        now = dict(zip(self.present, zip(self.status.tolist(), self._made().tolist(), strict=True), strict=True))
         now |= {run: (status, ended) for run, (_, status, ended) in self.departed.items()}
-        return [{"status": STATUS[now[r][0]], "steps": self.step if now[r][0] == RUNNING else now[r][1]} for r in range(len(self.runs))]
+        return [{"status": STATUS[status], "steps": made} for status, made in (now[r] for r in range(len(self.runs)))]
 
     def record(self) -> dict[str, Any]:
         """What a reader must know of this fleet beside its runs' configs (JSON values)."""
@@ -215,17 +214,17 @@ class Fleet:
         metrics: dict[str, Tensor] = {}
         for split in self.config.evaluate:
             metrics |= {f"{split}/{name}": value for name, value in self.evaluate(split).items()}
-        running = self.status == RUNNING
-        finished = torch.zeros_like(running)
+        due = (self.status == RUNNING) & ((self.clock % self.config.evaluate_every == 0) | (self.clock == self.steps))  # not where only a mate ends
+        finished = torch.zeros_like(due)
         if self.config.stop_metric is not None:
             value = metrics[self.config.stop_metric]
             met = value <= self.stop_at if self.config.stop_metric.endswith("loss") else value >= self.stop_at
-            self.hits.copy_(torch.where(met & running, self.hits + 1, 0))
-            finished = running & (self.hits >= self.config.stop_evaluations)
-        completed = running & ~finished & (self.clock >= self.steps)
+            self.hits.copy_(torch.where(due, torch.where(met, self.hits + 1, 0), self.hits))
+            finished = due & (self.hits >= self.config.stop_evaluations)
+        completed = due & ~finished & (self.clock >= self.steps)
         self.status.copy_(torch.where(finished, FINISHED, torch.where(completed, COMPLETED, self.status)))
         self.ended.copy_(torch.where(finished | completed, self.clock, self.ended))
-        return {name: torch.where(running, value, torch.nan) for name, value in metrics.items()}
+        return {name: torch.where(due, value, torch.nan) for name, value in metrics.items()}
 
     @torch.no_grad()
     def _split_sums(self, split: str) -> Sums:
@@ -242,9 +241,9 @@ class Fleet:
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=False, fullgraph=True) if self.compile else function
 
-    def _new_model(self, lead: tuple[int, ...]) -> models.AnyModel:
+    def _new_model(self, lead: tuple[int, ...], run: int = 0) -> models.AnyModel:
         with torch.device("meta"):  # the parameters come from elsewhere
-            model = models.build(self.config.model, self.task.vocab_size, self.task.max_length, lead)
+            model = models.build(self.runs[run].model, self.task.vocab_size, self.task.max_length, lead)
         return model
 
     def layout_of(self, model: models.AnyModel | None = None) -> Layout:
@@ -252,6 +251,10 @@ class Fleet:
         model = self._new_model((1,)) if model is None else model
         shapes = {name: tuple(p.shape[1:]) for name, p in model.named_parameters()}
         return Layout(shapes, parameter_groups(self.config.optimizer, shapes, model.hidden_matrices()))
+
+    def _made(self) -> Tensor:
+        """int64 [R], updates made so far."""
+        return torch.where(self.status == RUNNING, self.step, self.ended)
 
     def _column(self, path: str) -> Tensor:
         return torch.tensor([float(_get(self.runs[r], path)) for r in self.present], device=self.device)

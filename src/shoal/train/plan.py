@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable, Sequence
 
 from shoal import tasks
-from shoal.config import RunConfig, fields_per_run, flatten, run_id
-from shoal.config.fields import ConfigError
+from shoal.config import EmbeddingMLPConfig, ModularConfig, RunConfig, fields_per_run, flatten, run_id
+from shoal.config.fields import ConfigError, check
 
 ZERO_OR_NOT = ("model.dropout", "clip")  # per-run values, but whether there is any changes the program
 
@@ -39,8 +39,13 @@ def fleet_id(runs: Sequence[RunConfig]) -> str:
 
 
 def validate(run: RunConfig) -> None:
-    """What only the task knows: which splits there are. ConfigError names the field."""
+    """What one part of a config asks of another: splits there are, a task the model can do. ConfigError names the field."""
     task = tasks.build(run.task)
+    if isinstance(run.model, EmbeddingMLPConfig):
+        if not isinstance(run.task, ModularConfig) or run.task.tokens != "residue":
+            raise ConfigError("model", "embedding_mlp gives one answer to one short prompt; it can only learn modular tables with tokens residue")
+        operands = task.max_length - 1  # all but "="
+        check(operands <= run.model.num_inputs <= task.max_length, "model.num_inputs", f"must be {operands} to read both operands, not {run.model.num_inputs}")
     for split in run.evaluate:
         if split not in task.splits:
             raise ConfigError("evaluate", f"this task has no split {split!r}; it has {', '.join(task.splits)}")
