@@ -141,10 +141,10 @@ def law_task_evaluation(configs: list[Any]) -> None:
     for r in range(len(configs)):
         rows_of = {split: Counter(evaluated(task, tables, split, 10**6, r)) for split in task.splits}
         for split, expected in rows_of.items():
-            assert all(Counter(evaluated(task, tables, split, pieces, r)) == expected for pieces in (1, 5, 16))
+            assert all(Counter(evaluated(task, tables, split, pieces, r)) == expected for pieces in (1, 3, 16))
             assert set(expected.values()) <= {1}
-            assert len({batch.tokens.shape for batch in task.evaluation(tables, split, 5)}) == 1
-            assert all(batch.tokens.shape[1] <= 5 for batch in task.evaluation(tables, split, 5))
+            assert len({batch.tokens.shape for batch in task.evaluation(tables, split, 3)}) == 1
+            assert all(batch.tokens.shape[1] <= 3 for batch in task.evaluation(tables, split, 3))
         assert Counter(run_of(whole, r)) == rows_of["train"]
         prompts = [row[0] for expected in rows_of.values() for row in expected]
         assert len(set(prompts)) == len(prompts)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
+import io
 import json
+import re
 import signal
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import shoal
 from shoal.config import AdamW, EmbeddingMLPConfig, MemorizeConfig, ModularConfig, RunConfig, with_seed, with_values
 from shoal.config.fields import ConfigError
 from shoal.results import Store
-from shoal.studies import driver
+from shoal.studies import driver, progress
 from shoal.studies.study import Study
 from shoal.train import checkpoint
 from shoal.train.fleet import Fleet
@@ -403,17 +406,21 @@ def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: tuple[l
 # --- fleets
 
 
-def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], masked: bool) -> None:
     """Halved until it fits; what did not fit is gone by then; every run is there, and is what it is in one fleet."""
     advance, build, alive = Fleet.advance, Fleet.build, weakref.WeakSet()
 
     def small(fleet: Fleet, steps: int) -> Any:
-        if len(fleet.runs) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        try:
+            if len(fleet.runs) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            if len(fleet.runs) > 2 and masked:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         return advance(fleet, steps)
 
     def watched(*args: Any, **options: Any) -> Fleet:
-        gc.collect()
         assert len([fleet for fleet in alive if len(fleet.runs) > 2]) == 0, "the fleet that did not fit still holds its memory"
         alive.add(fleet := build(*args, **options))
         return fleet
@@ -429,6 +436,12 @@ def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     for row in result.rows:
         [other] = expected.rows.where({"id": row["id"]})
         assert row["status"] == other["status"] and row["final.val/loss"] == pytest.approx(other["final.val/loss"], rel=1e-5)
+
+
+def test_another_error_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fleet, "advance", fails_at(1, Fleet.advance, RuntimeError))
+    with pytest.raises(RuntimeError):
+        shoal.run(study_of(), tmp_path, progress=False)
 
 
 def test_too_little_memory_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,3 +583,44 @@ def test_dropped_rows_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     run = replace(RUN, task=ModularConfig(p=9, operation="div", val_fraction=0.3))
     shoal.run(study_of(shoal.grid(run, {"task.train_fraction": [0.4, 0.5]}, seeds=2)), tmp_path)
     assert capsys.readouterr().err.count("note: 18 of 72 rows are left out: b shares a factor with 9, so it has no inverse\n") == 1
+
+
+# --- progress
+
+
+def a_fleet(step: int, runs: int = 8, **summary: float) -> Any:
+    return SimpleNamespace(step=step, last_step=3000, runs=[None] * runs, summary_metric="val/accuracy", summary={"finished": 3, "dead": 0, **summary})
+
+
+def test_a_line_of_progress() -> None:
+    assert progress.line(a_fleet(0), 0.0) == "step 0/3,000, 3/8 finished"
+    known = {"median": 0.98765, "best": 1.0}
+    assert progress.line(a_fleet(1200, **known), 41.27) == "step 1,200/3,000, val/accuracy median 0.9877 best 1, 41.3 steps/s, at most 44 s left, 3/8 finished"
+    assert progress.line(a_fleet(3000, **known, dead=1), 20123.0, last=True).endswith("best 1, 20,100 steps/s, 3/8 finished, 1 dead")
+    assert "val/accuracy 1, 2 steps/s, at most 15.0 min left" in progress.line(a_fleet(1200, runs=1, **known), 2.0)
+
+
+def test_plain_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first after 3 seconds of a fleet, then every 10, and one at its end."""
+    clock = 100.0
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock)
+    with progress.FleetProgress(True) as shown:
+        for second in range(30):
+            clock = 100.0 + second
+            shown.update("fleet 1/1", a_fleet(10 * second))
+        shown.update("fleet 1/1", a_fleet(300), last=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["fleet 1/1: step 40/3", "fleet 1/1: step 150/3", "fleet 1/1: step 260/3", "fleet 1/1: step 300/3"]
+    assert "10 steps/s" in lines[1] and "at most 4.8 min left" in lines[1]
+
+
+def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=100))
+    with progress.FleetProgress(True) as shown:
+        shown.note("study [1]: begins")
+        shown.update("fleet 1/2", a_fleet(300, median=0.5, best=0.6))
+        shown.update("fleet 2/2", a_fleet(3000, median=0.5, best=0.6), last=True)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "study [1]: begins" in text
+    assert "fleet 1/2: step 300/3,000, val/accuracy median 0.5 best 0.6" in text and "fleet 2/2: step 3,000/3,000" in text

@@ -79,11 +79,12 @@ def test_chunks_do_not_matter(name: str) -> None:
 
 
 @every_fleet
-def test_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
-    """Saved and loaded in a new fleet after an odd number of steps: every bit of parameters, moments, status and rows."""
+@pytest.mark.parametrize("steps", [11, 14])
+def test_resumed_is_uninterrupted(name: str, steps: int, tmp_path: Path) -> None:
+    """Saved after an odd number of steps, or just after an evaluation, and loaded in a new fleet: every bit of parameters, moments, status and rows."""
     whole, rows = finished(Fleet.build(short(name, 30)))
     fleet = Fleet.build(short(name, 30))
-    tables = [fleet.advance(11)]
+    tables = [fleet.advance(steps)]
     checkpoint.save(fleet, tmp_path / "checkpoint", {"parts": 3})
     fleet.advance(5)  # lost
     fleet, extra = checkpoint.load(short(name, 30), tmp_path / "checkpoint", "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shoal import rng
-from shoal.config import DecoderConfig
-from shoal.models import Decoder
+from shoal.config import DecoderConfig, EmbeddingMLPConfig
+from shoal.contracts import Context
+from shoal.models import Decoder, EmbeddingMLP, decoder
 from shoal.nn import Constant, Embedding, LayerNorm, Linear, Normal, RMSNorm, Uniform, dropout, initialise, joint_linear, rotate, select, sinusoidal
 from shoal.nn.init import _fill, normal
 from shoal.nn.layers import SMALL_VOCABULARY, _Lookup
@@ -225,3 +227,75 @@ def test_decoder_begins_as_its_table_says() -> None:
             elif kind == "uniform" and "embedding" not in name and "position" not in name:
                 bound = inputs**-0.5 * (3 if name.endswith("weight") else 1)
                 assert stats.kstest(p.flatten().numpy(), stats.uniform(-bound, 2 * bound).cdf).pvalue > 1e-3
+
+
+# --- models made of them
+
+
+ACTIVATIONS: dict[str, Any] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x) ** 2}
+SMALL = DecoderConfig(width=8, num_layers=2, num_heads=2, feed_forward=12)
+DECODERS = [
+    SMALL,
+    replace(SMALL, norm_place="post", activation="gelu", tied=True),
+    replace(SMALL, activation="silu", positions="sinusoidal", tied=True, bias=False),
+    replace(SMALL, norm_place="post", activation="relu2", positions="none", bias=False),
+]
+
+
+@pytest.mark.parametrize("config", DECODERS, ids=lambda config: f"{config.norm_place}-{config.activation}-{config.positions}")
+def test_decoder_equals_torch_layers(config: DecoderConfig) -> None:
+    """Run by run: nn.Embedding, nn.TransformerEncoderLayer with a causal mask, nn.LayerNorm, nn.Linear; logits to 1e-10."""
+    model, tokens = filled(Decoder(config, 11, T, (R,))), torch.randint(11, (R, B, T), generator=generator(3))
+    logits = model.logits(model(tokens)[0])
+    for r in range(R):
+        own = {name: p[r].detach() for name, p in model.named_parameters()}
+        x = own["embedding.weight"][tokens[r]]
+        if config.positions == "learned":
+            x = x + own["position.weight"]
+        elif config.positions == "sinusoidal":
+            x = x + sinusoidal(torch.arange(T), 8)
+        for block in (f"blocks.{i}." for i in range(2)):
+            x = torch_layer(config, block, own)(x, src_mask=nn.Transformer.generate_square_subsequent_mask(T, dtype=x.dtype), is_causal=True)
+        if config.norm_place == "pre":
+            x = F.layer_norm(x, (8,), own["norm.weight"], own["norm.bias"])
+        close(logits[r], x @ (own["embedding.weight"].mT if config.tied else own["head.weight"]), 1e-10)
+
+
+def torch_layer(config: DecoderConfig, block: str, own: dict[str, Tensor]) -> nn.Module:
+    """PyTorch's block with the same parameters; its matrices are [out, in], and its biases 0 where there are none."""
+    activation, before = ACTIVATIONS[config.activation], config.norm_place == "pre"
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, activation, batch_first=True, norm_first=before, dtype=torch.float64)
+    joint = [f"mixer.{name}" for name in ("query", "key", "value")]
+    names = {"self_attn.out_proj": ["mixer.out"], "linear1": ["feed_forward.up"], "linear2": ["feed_forward.down"], "self_attn.in_proj": joint}
+    state = {}
+    for theirs, ours in names.items():
+        join = "_" if ours == joint else "."
+        weights = [own[f"{block}{name}.weight"].mT for name in ours]
+        biases = [own.get(f"{block}{name}.bias", weight.new_zeros(len(weight))) for name, weight in zip(ours, weights, strict=True)]
+        state |= {f"{theirs}{join}weight": torch.cat(weights), f"{theirs}{join}bias": torch.cat(biases)}
+    for theirs, ours in (("norm1", "mixer_norm"), ("norm2", "feed_forward_norm")):
+        state |= {f"{theirs}.{leaf}": own[f"{block}{ours}.{leaf}"] for leaf in ("weight", "bias")}
+    layer.load_state_dict(state)
+    return layer
+
+
+def test_decoder_drops_in_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the embedding and on both branches of every block, each with coins of its own; nowhere in evaluation."""
+    model, places = filled(Decoder(replace(DECODERS[0], dropout=0.5), 11, T, (R,))), []
+    monkeypatch.setattr(decoder, "dropout", lambda x, key, rate, layer: places.append((layer, key is not None, x.shape[-2], rate is model.rate)) or x)
+    model(torch.zeros(R, B, T, dtype=torch.int64), Context(key=keys_of(torch.arange(R), B), at=slice(1, 3)))
+    assert places == [(0, True, T, True), (1, True, T, True), (2, True, T, True), (3, True, 2, True), (4, True, 2, True)]
+
+
+def test_embedding_mlp_equals_its_formula() -> None:
+    model = filled(EmbeddingMLP(EmbeddingMLPConfig(num_inputs=3, embedding=4, hidden=(6, 5)), 11, T, (R,)))
+    tokens = torch.randint(11, (R, B, T), generator=generator(3))
+    hidden, cache = model(tokens)
+    own = dict(model.named_parameters())
+    for r, b in ((r, b) for r in range(R) for b in range(B)):
+        x = torch.cat([own["embedding.weight"][r, token] for token in tokens[r, b, :3]])
+        for name in ("hidden.0.weight", "hidden.1.weight"):
+            x = F.relu(x @ own[name][r])
+        close(hidden[r, b, 0], x, 1e-12)
+        close(model.logits(hidden)[r, b, 0], x @ own["head.weight"][r], 1e-12)
+    assert cache is None

@@ -198,7 +198,7 @@ def test_page_says_what_the_numbers_say(study: tuple[Store, Path]) -> None:
         "linear_init",
         "3c1f9a77b2e0",
         "422,784",
-        "2e9 step",
+        "2e9 per step",
         "7.2 min",
         "versions.torch",
         "0123abcd",

@@ -114,7 +114,7 @@ def with_values(config: Any, values: Mapping[str, Any]) -> Any:
 def _replace(config: Any, values: Mapping[tuple[str, ...], Any], prefix: str) -> Any:
     changes: dict[str, Any] = {}
     for head in dict.fromkeys(path[0] for path in values):
-        known = [f.name for f in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []
+        known = getattr(config, "__dataclass_fields__", {})
         if head not in known:
             raise ConfigError(prefix + head, f"there is no such field; known here: {', '.join(known) or 'none'}")
         old, inner = getattr(config, head), {path[1:]: value for path, value in values.items() if path[0] == head}

@@ -99,7 +99,7 @@ class Row(Mapping[str, Any]):
         measures: Callable[[], dict[str, list[dict[str, Any]]]] = dict,
     ) -> None:
         self.config = dict(config)  # dotted path -> value, under the config's own names
-        self._fixed = {**own, **{_key(path): value for path, value in config.items()}}
+        self._fixed = {**own, **{row_key(path): value for path, value in config.items()}}
         self._metrics, self._run, self._measures = metrics, run, measures
 
     def __getitem__(self, key: str) -> Any:
@@ -226,7 +226,7 @@ class Rows(Sequence[Row]):
     def differing(self) -> list[str]:
         """Config paths whose value is not the same in all rows (a path that some rows lack differs too), as keys of a row."""
         paths = list(dict.fromkeys(path for row in self._rows for path in row.config))
-        return [_key(path) for path in paths if len({(path in row.config, repr(_comparable(row.config.get(path)))) for row in self._rows}) > 1]
+        return [row_key(path) for path in paths if len({(path in row.config, repr(_comparable(row.config.get(path)))) for row in self._rows}) > 1]
 
     def frame(self) -> Any:
         """A pandas DataFrame: one line a run; all keys but "data" and "measures"."""
@@ -244,5 +244,6 @@ def _comparable(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else value
 
 
-def _key(path: str) -> str:
+def row_key(path: str) -> str:
+    """The key under which a row has a config's path."""
     return f"config.{path}" if path in OWN_KEYS else path

@@ -198,7 +198,7 @@ def cost(rows: Rows, fleets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         flops = flops if isinstance(flops, Mapping) else {"": flops}
         seconds += done.get("seconds") or 0.0
         operations += steps[fleet["id"]] * (flops.get("step") or 0)
-        counts = listing([f"{magnitude(count)} {name}".strip() for name, count in flops.items()])
+        counts = listing([f"{magnitude(count)} per {name}" if name else magnitude(count) for name, count in flops.items()])
         sizes = [number(len(fleet["runs"])), number(model.get("parameters")), counts or NOTHING, number(steps[fleet["id"]])]
         time = duration(done.get("seconds")) if done else "unfinished"
         lines.append([str(fleet["id"]), *sizes, time, setting(fleet.get("choices") or {}) or NOTHING])

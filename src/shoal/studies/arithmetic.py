@@ -10,9 +10,9 @@ from shoal.results.claims import Claim, Sample
 from shoal.results.figures import curves, survival
 from shoal.results.rows import Rows
 from shoal.results.wording import plural
-from shoal.studies.study import Study
+from shoal.studies.study import Study, about, cells
 
-VARIED = ("task.p", "task.operation", "model.num_layers")
+TOLD = ("task.p", "task.operation", "model.num_layers")
 NAMES = {"add": "addition", "sub": "subtraction", "mul": "multiplication", "div": "division"}
 
 
@@ -55,15 +55,14 @@ def _accuracy(rows: Rows, cell: dict[str, Any]) -> Sample:
     return Sample([row["measures"]["test"][0]["accuracy"] for row in rows.where(cell)], bounds=(0, 1))
 
 
-def _claim(p: int, operation: str, num_layers: int) -> Claim:
-    cell = dict(zip(VARIED, (p, operation, num_layers), strict=True))
+def _claim(config: StudyConfig, cell: dict[str, Any]) -> Claim:
+    p, operation, num_layers = ({**flatten(config.run), **cell}[path] for path in TOLD)
     text = f"With {plural(num_layers, 'layer')}, {NAMES[operation]} modulo {p} is learned: mean test accuracy above 99 %."
-    return Claim(text, lambda rows: _accuracy(rows, cell), (0.99, 1.0))
+    return Claim(about(text, cell, TOLD), lambda rows: _accuracy(rows, cell), (0.99, 1.0))
 
 
 def study(config: StudyConfig) -> Study:
-    flats = [flatten(run) for run in config.runs()]
-    claims = [_claim(*cell) for cell in sorted({tuple(flat[path] for path in VARIED) for flat in flats})]
+    by = list(cells(config)[0])
     return Study(
         name="arithmetic",
         question=__doc__ or "",
@@ -72,9 +71,9 @@ def study(config: StudyConfig) -> Study:
         wanted=lambda rows: config.runs(),
         measures={"test": test},
         figures=[
-            curves(["train/accuracy", "val/accuracy"], by=VARIED, logx=True, threshold=config.run.stop_at),
-            curves(["train/loss", "val/loss"], by=VARIED, logx=True, logy=True),
-            survival("val/accuracy", config.run.stop_at, by=VARIED),
+            curves(["train/accuracy", "val/accuracy"], by=by, logx=True, threshold=config.run.stop_at),
+            curves(["train/loss", "val/loss"], by=by, logx=True, logy=True),
+            survival("val/accuracy", config.run.stop_at, by=by),
         ],
-        claims=claims,
+        claims=[_claim(config, cell) for cell in cells(config)],
     )

@@ -79,9 +79,8 @@ def run(
     new = _wanted(study, Rows())
     check(bool(new), "study", f"{study.name} wants no runs; give at least one seed and one value for every grid field")
     notes = _check(study, new.values())
-    store = Store.open(
-        out, _record(study, list(new.values()), device, preset, command or f"shoal.run(study, {str(out)!r})  # Python, with the study's definition")
-    )
+    command = command or f"shoal.run(study, {str(out)!r})  # Python, with the study's definition"
+    store = Store.open(out, _record(study, list(new.values()), device, preset, command))
     with store.lock(), FleetProgress(progress) as shown:
         asked: dict[str, RunConfig] = {}
         while new:
@@ -222,6 +221,8 @@ def _train(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool 
     identity = fleet_id(runs)
     place = store.fleet_directory(identity) / "checkpoint"
     tables: list[Table] = []
+    if compiled or (compiled is None and device == "cuda"):
+        shown.note(f"{name}: compiling, some 20 seconds before the first step")
     if checkpoint.exists(place):
         fleet, extra = checkpoint.load(runs, place, device)
         store.truncate(identity, extra["parts"])
@@ -257,8 +258,13 @@ def _begin(runs: Sequence[RunConfig], device: str, compiled: bool | None) -> tup
     try:
         fleet = Fleet.build(runs, device, compile=compiled)
         return fleet, fleet.advance(1)
-    except torch.OutOfMemoryError:
-        return None  # and not handled here: until this returns, the error holds on to the fleet
+    except RuntimeError as error:
+        cause: BaseException | None = error  # what ends a capture may fail in its turn and stand before the reason
+        while not isinstance(cause, torch.OutOfMemoryError):
+            if cause is None:
+                raise
+            cause = cause.__context__
+        return None  # nothing is done about it here: until this returns, the error holds on to the fleet
 
 
 def _halve(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str) -> None:
@@ -327,7 +333,7 @@ def _best(rows: Rows, metric: str) -> str:
     return min(rows, key=lambda row: sign * row[key] if key in row else float("inf"))["id"]
 
 
-def _record(study: Study, wanted: Sequence[RunConfig], device: str, preset: str | None, command: str | None) -> dict[str, Any]:
+def _record(study: Study, wanted: Sequence[RunConfig], device: str, preset: str | None, command: str) -> dict[str, Any]:
     """study.yaml: what must stay the same for a resume ("config", "claims"), and what helps a reader."""
     flats = [flatten(config) for config in wanted]
     paths = dict.fromkeys(path for flat in flats for path in flat)
@@ -338,7 +344,7 @@ def _record(study: Study, wanted: Sequence[RunConfig], device: str, preset: str 
     digest = hashlib.sha256(" ".join(map(run_id, wanted)).encode()).hexdigest()[:10]  # which values go together
     config["runs"] = f"{len(wanted)}, hash {digest}"
     versions = {name: importlib.metadata.version(name) for name in ("shoal", "torch", "numpy")}
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {plural(torch.get_num_threads(), 'thread')}"
     return {
         "study": study.name,
         "question": study.question,

@@ -7,11 +7,12 @@ from itertools import cycle
 from statistics import median
 from typing import Any
 
-from shoal.config import AdamW, DecoderConfig, MemorizeConfig, RunConfig, StudyConfig
+from shoal.config import AdamW, DecoderConfig, MemorizeConfig, RunConfig, StudyConfig, flatten
 from shoal.results.claims import Claim, Sample
 from shoal.results.figures import PALETTE, Drawing, Figure, canvas, curves
 from shoal.results.rows import Rows
-from shoal.studies.study import Study
+from shoal.results.tables import settings
+from shoal.studies.study import Study, about, cells
 
 UNSCORED = "task.unscored"
 
@@ -69,16 +70,17 @@ def positions(run: Any) -> list[dict[str, Any]]:
 
 
 def draw_positions(rows: Rows) -> Drawing:
-    """Median and range over seeds of the probability of the right character, at each position, for each variant."""
+    """Median and range over seeds of the probability of the right character, at each position, for each setting."""
     drawing, (axes,) = canvas(3.4)
-    for color, (cell, group) in zip(cycle(PALETTE), rows.groups([UNSCORED]), strict=False):
+    for color, (cell, group) in zip(cycle(PALETTE), rows.groups(settings(rows)), strict=False):
         measured = [row["measures"]["positions"] for row in group if "positions" in row["measures"]]
         if not measured:
             continue
         table = [sorted(values) for values in zip(*([r["p(right)"] for r in one] for one in measured), strict=True)]
         x = range(1, len(table) + 1)
-        left_out = f"first {cell[UNSCORED]} left out of the loss" if cell[UNSCORED] else "all characters in the loss"
-        axes.plot(x, [median(values) for values in table], "o-", color=color, markersize=3.5, label=f"{left_out} (n = {len(measured)})")
+        unscored = group[0][UNSCORED]
+        label = about(f"first {unscored} left out of the loss" if unscored else "all characters in the loss", cell, [UNSCORED])
+        axes.plot(x, [median(values) for values in table], "o-", color=color, markersize=3.5, label=f"{label.rstrip('.')}, n = {len(measured)}")
         axes.fill_between(x, [values[0] for values in table], [values[-1] for values in table], color=color, alpha=0.2, linewidth=0)
         axes.set_xticks(list(x), [r["character"].replace(" ", "␣") for r in measured[0]])
     axes.set(xlabel="character to predict, given those before it", ylabel="probability of the right one", ylim=(-0.04, 1.04))
@@ -87,54 +89,38 @@ def draw_positions(rows: Rows) -> Drawing:
     return drawing
 
 
-def _of(rows: Rows, unscored: int) -> Rows:
-    return rows.where({UNSCORED: unscored})
+def _claims(config: StudyConfig, cell: dict[str, Any]) -> list[Claim]:
+    def loss(rows: Rows) -> Sample:
+        return Sample(rows.where(cell).column("final.train/loss"), bounds=(0, math.inf))
 
+    def exact(rows: Rows) -> Sample:
+        return Sample([float(row["measures"]["samples"][-1]["exact"]) for row in rows.where(cell)], kind="proportion")
 
-def _loss(rows: Rows, unscored: int) -> Sample:
-    return Sample(_of(rows, unscored).column("final.train/loss"), bounds=(0, math.inf))
+    def untrained(rows: Rows) -> Sample:
+        return Sample([math.fsum(r["p(right)"] for r in row["measures"]["positions"][:left_out]) / left_out for row in rows.where(cell)], bounds=(0, 1))
 
-
-def _exact(rows: Rows, unscored: int, sample: int) -> Sample:
-    return Sample([float(row["measures"]["samples"][sample]["exact"]) for row in _of(rows, unscored)], kind="proportion")
-
-
-def study(config: StudyConfig) -> Study:
-    variants = config.grid.get(UNSCORED, [config.run.task.unscored])  # pyright: ignore[reportAttributeAccessIssue]
-    claims = []
-    if 0 in variants:
-        claims += [
-            Claim(
-                "With all characters in the loss, the training loss falls below 0.001 nats per character.",
-                lambda rows: _loss(rows, 0),
-                (0.0, 1e-3),
-            ),
-            Claim(
-                "Greedy sampling from nothing then returns the string exactly, for more than half of all seeds.", lambda rows: _exact(rows, 0, 0), (0.5, 1.0)
-            ),
+    left_out = cell.get(UNSCORED, flatten(config.run)[UNSCORED])
+    small, more_than_half = (0.0, 1e-3), (0.5, 1.0)
+    if not left_out:
+        sentences = [
+            ("With all characters in the loss, the training loss falls below 0.001 nats per character.", loss, small),
+            ("Greedy sampling from nothing then returns the string exactly, for more than half of all seeds.", exact, more_than_half),
         ]
-    for left_out in [v for v in variants if v]:
-        claims += [
-            Claim(
-                f"With the first {left_out} characters left out of the loss, the loss on the others falls below 0.001.",
-                lambda rows, left_out=left_out: _loss(rows, left_out),
-                (0.0, 1e-3),
-            ),
-            Claim(
-                f"Given those {left_out} characters, sampling returns the rest exactly, for more than half of all seeds.",
-                lambda rows, left_out=left_out: _exact(rows, left_out, 1),
-                (0.5, 1.0),
-            ),
-            Claim(
+    else:
+        sentences = [
+            (f"With the first {left_out} characters left out of the loss, the loss on the others falls below 0.001.", loss, small),
+            (f"Given those {left_out} characters, sampling returns the rest exactly, for more than half of all seeds.", exact, more_than_half),
+            (
                 f"Without them it does not: at the {left_out} positions it was never trained on, the model gives the right character a probability "
                 "below one half.",
-                lambda rows, left_out=left_out: Sample(
-                    [math.fsum(r["p(right)"] for r in row["measures"]["positions"][:left_out]) / left_out for row in _of(rows, left_out)],
-                    bounds=(0, 1),
-                ),
+                untrained,
                 (0.0, 0.5),
             ),
         ]
+    return [Claim(about(text, cell, [UNSCORED]), sample, holds) for text, sample, holds in sentences]
+
+
+def study(config: StudyConfig) -> Study:
     return Study(
         name="sanity",
         question=__doc__ or "",
@@ -143,7 +129,7 @@ def study(config: StudyConfig) -> Study:
         wanted=lambda rows: config.runs(),
         measures={"samples": samples, "positions": positions},
         figures=[
-            curves(["train/loss"], by=[UNSCORED], ylabel="training loss (nats per character)", logy=True),
+            curves(["train/loss"], by=list(cells(config)[0]), ylabel="training loss (nats per character)", logy=True),
             Figure(
                 "positions",
                 draw_positions,
@@ -151,5 +137,5 @@ def study(config: StudyConfig) -> Study:
                 "ever told the model what stands there: what it predicts at those places is whatever training elsewhere left behind.",
             ),
         ],
-        claims=claims,
+        claims=[claim for cell in cells(config) for claim in _claims(config, cell)],
     )

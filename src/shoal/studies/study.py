@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from shoal.config import RunConfig, StudyConfig
 from shoal.config.load import override
 from shoal.results.claims import Claim
 from shoal.results.figures import Figure
-from shoal.results.rows import Rows
+from shoal.results.rows import Rows, row_key
+from shoal.results.wording import setting
 
 if TYPE_CHECKING:
     from shoal.train.run import Run
@@ -37,3 +39,15 @@ def grid(run: RunConfig, values: Mapping[str, Sequence[Any]] | None = None, *, s
     """
     config = override(StudyConfig(run=run, grid={path: list(v) for path, v in (values or {}).items()}, seeds=seeds, first_seed=first_seed), {})
     return lambda rows: config.runs()
+
+
+def cells(config: StudyConfig) -> list[dict[str, Any]]:
+    """Every combination of the grid's values, as conditions for ``Rows.where``; ``[{}]`` without a grid."""
+    paths = [row_key(path) for path in config.grid]
+    return [dict(zip(paths, values, strict=True)) for values in itertools.product(*config.grid.values())]
+
+
+def about(text: str, cell: Mapping[str, Any], told: Sequence[str] = ()) -> str:
+    """A claim's sentence with the settings it is about, but for those it has told: "It learns (wd = 0)." """
+    rest = {path: value for path, value in cell.items() if path not in told}
+    return f"{text.rstrip('.')} ({setting(rest)})." if rest else text
