@@ -33,10 +33,10 @@ MODULAR = RunConfig(
     evaluate=(),
     evaluate_every=1_000_000,
 )
-SMALL = replace(  # width 8, 2 layers, T = 32, batch 64
+SMALL = replace(  # width 8, 2 layers, T = 32, batch 64: one head and no feed-forward, as small recall models have; every position is scored
     MODULAR,
     task=MemorizeConfig(strings=tuple("".join(chr(97 + (7 * i + 3 * j + i * j) % 26) for j in range(31)) for i in range(64))),
-    model=DecoderConfig(width=8, num_layers=2, num_heads=2, feed_forward=32),
+    model=DecoderConfig(width=8, num_layers=2, num_heads=1, feed_forward=0),
     batch_size=64,
 )
 CASES = {"modular": MODULAR, "small": SMALL}
@@ -46,16 +46,18 @@ class PlainBlock(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.qkv, self.out = nn.Linear(config.width, 3 * config.width), nn.Linear(config.width, config.width)
-        self.up, self.down = nn.Linear(config.width, config.feed_forward), nn.Linear(config.feed_forward, config.width)
+        self.norm1, self.qkv, self.out = nn.LayerNorm(config.width), nn.Linear(config.width, 3 * config.width), nn.Linear(config.width, config.width)
+        hidden = config.feed_forward
+        self.feed_forward = (
+            nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, hidden), nn.ReLU(), nn.Linear(hidden, config.width)) if hidden else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
         q, k, v = (y.view(B, T, self.num_heads, -1).transpose(1, 2) for y in self.qkv(self.norm1(x)).split(D, dim=-1))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
-        return x + self.down(F.relu(self.up(self.norm2(x))))
+        return x if self.feed_forward is None else x + self.feed_forward(x)
 
 
 class Plain(nn.Module):

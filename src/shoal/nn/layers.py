@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def joint_linear(x: Tensor, layers: list[Linear]) -> tuple[Tensor, ...]:
     """Several Linear layers of the same input as one product, each with its own output."""
     weight = torch.cat(tuple(layer.weight for layer in layers), dim=-1)
-    biases = [layer.bias for layer in layers if layer.bias is not None]
+    biases = tuple(layer.bias for layer in layers if layer.bias is not None)
     y = linear(x, weight, torch.cat(biases, dim=-1) if biases else None)
     return y.split([layer.weight.shape[-1] for layer in layers], dim=-1)
 

@@ -122,7 +122,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """What is wrong with the file, and what to do, in place of the reader's own errors."""
-    fix = "delete this checkpoint directory to train its fleet again from the start"
+    fix = f"delete {path.parent.parent} to train this fleet again from the start"
     if not path.exists():
         raise ConfigError(str(path), f"is missing; {fix}")
     try:

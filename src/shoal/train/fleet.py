@@ -27,6 +27,7 @@ from shoal.nn import initialise
 from shoal.train import optimizers
 from shoal.train.capture import Captured
 from shoal.train.layout import Layout
+from shoal.train.memory import keep_freed_memory
 from shoal.train.objectives import OBJECTIVES, add, means
 from shoal.train.run import Run
 from shoal.train.schedules import multiplier
@@ -52,6 +53,8 @@ class Fleet:
     def __init__(self, runs: Sequence[RunConfig], device: str | torch.device = "cpu", *, compile: bool | None = None) -> None:
         self.runs, self.device = list(runs), torch.device(device)
         self.config = self.runs[0]
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.compile = self.device.type == "cuda" if compile is None else compile
         self.task = tasks.build(self.config.task)
         self.optimizer: Optimizer = optimizers.build(self.config.optimizer)
@@ -61,6 +64,7 @@ class Fleet:
         self.present = list(range(len(self.runs)))
         self.departed: dict[int, tuple[Tensor, int, int]] = {}  # run -> parameters on the CPU, status, ended
         self.summary: dict[str, float] = {}  # for a progress line: "finished", "dead", and "median" and "best" of ...
+        self.latest = np.full(len(self.runs), np.nan)
         splits = self.config.evaluate
         self.summary_metric = self.config.stop_metric or (f"{splits[-1]}/accuracy" if splits else "batch/loss")
 
@@ -277,14 +281,15 @@ class Fleet:
             self.keep(index)
 
     def _summarise(self, table: Table) -> None:
-        """For a progress line: who has stopped, and the last values of the runs that still run."""
+        """For a progress line: who has stopped, and every run's last value."""
         status = [outcome["status"] for outcome in self.outcomes()]
         self.summary |= {"finished": status.count("finished") + status.count("completed"), "dead": status.count("dead")}
-        values = table.get(self.summary_metric, np.zeros(0))
-        at_last = values[table["step"] == table["step"][~np.isnan(values)].max()] if (~np.isnan(values)).any() else values[:0]
-        if len(at_last):
-            best = np.nanmin(at_last) if self.summary_metric.endswith("loss") else np.nanmax(at_last)
-            self.summary |= {"median": float(np.nanmedian(at_last)), "best": float(best)}
+        values = table.get(self.summary_metric, np.full(len(table["step"]), np.nan))
+        measured = ~np.isnan(values)
+        self.latest[table["run"][measured]] = values[measured]  # rows come in the order of their steps
+        if not np.isnan(self.latest).all():
+            best = np.nanmin if self.summary_metric.endswith("loss") else np.nanmax
+            self.summary |= {"median": float(np.nanmedian(self.latest)), "best": float(best(self.latest))}
 
 
 def joined(tables: Sequence[Table]) -> Table:

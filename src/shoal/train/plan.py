@@ -53,4 +53,4 @@ def validate(run: RunConfig) -> None:
         split, _, metric = run.stop_metric.partition("/")
         if split not in run.evaluate or metric not in ("loss", "accuracy", "exact"):
             known = ", ".join(f"{s}/{m}" for s in run.evaluate for m in ("loss", "accuracy", "exact"))
-            raise ConfigError("stop_metric", f"{run.stop_metric!r} is not measured; possible: {known}")
+            raise ConfigError("stop_metric", f"{run.stop_metric!r} is not measured; possible: {known or 'nothing, because evaluate names no split'}")
