@@ -108,7 +108,7 @@ def timed(step: Callable[[int], Any], runs: int, device: str, seconds: float, re
 
 
 def plain(config: RunConfig, device: str, compiled: bool, seconds: float, repeats: int) -> Rate:
-    """One run, written plainly: epoch batches by index, fused AdamW, zero_grad, backward."""
+    """One run, written plainly: batches of random rows (with replacement, the cheapest draw), fused AdamW, zero_grad, backward, all positions computed."""
     began = time.perf_counter()
     fleet = Fleet.build([config], device, compile=False)
     whole = fleet.task.batch(fleet.tables, fleet.order_key, fleet.clock, 0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
 from shoal.config import RunConfig, fields_per_run
-from shoal.contracts import Batch, Tables, Task
+from shoal.contracts import Batch, Context, Tables, Task
 from shoal.train.objectives import OBJECTIVES, add, means
 from shoal.train.run import Run
 
@@ -27,16 +29,12 @@ def batches(run: Run, split: str) -> list[Batch]:
 @torch.inference_mode()
 def evaluate(run: Run, split: str) -> dict[str, float]:
     """Metric -> value over the whole split: loss (nats), accuracy, exact."""
-    total = None
-    for batch in batches(run, split):
-        sums = OBJECTIVES[run.config.objective](run.model, batch, None)
-        total = sums if total is None else add(total, sums)
-    assert total is not None
+    total = reduce(add, (OBJECTIVES[run.config.objective](run.model, batch, None) for batch in batches(run, split)))
     return {name: value.item() for name, value in means(total).items()}
 
 
 @torch.inference_mode()
 def next_token_probabilities(run: Run, batch: Batch) -> Tensor:
     """float32 [B, T, V]: the model's distribution of the token after each position."""
-    hidden, _ = run.model(batch.tokens)
+    hidden, _ = run.model(batch.tokens, Context(mask=batch.mask))
     return run.model.logits(hidden).float().softmax(-1)

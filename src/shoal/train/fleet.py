@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -233,12 +234,7 @@ class Fleet:
     @torch.no_grad()
     def _split_sums(self, split: str) -> Sums:
         rows = max(16, EVALUATION_TOKENS[self.device.type] // (len(self.present) * self.task.max_length))
-        total = None
-        for batch in self.task.evaluation(self.tables, split, rows):
-            sums = self._objective(self.model, batch, None)
-            total = sums if total is None else add(total, sums)
-        assert total is not None
-        return total
+        return reduce(add, (self._objective(self.model, batch, None) for batch in self.task.evaluation(self.tables, split, rows)))
 
     # Smaller parts.
 
