@@ -90,7 +90,7 @@ def test_run(toy: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert (name, directory) == ("run", Path("there"))
     assert study.config.seeds == 3 and study.config.run.optimizer.lr == 3e-3 and study.config.grid == {"task.p": [5, 7]}
     assert options.pop("command").startswith("shoal run toy --seeds 3 ")
-    assert options == {"device": "cpu", "preset": "quick", "max_runs_per_fleet": 4, "compile": "off"}
+    assert options == {"device": "cpu", "preset": "quick", "max_runs_per_fleet": 4, "compile": "off", "workers": 1}
 
 
 def test_run_defaults(toy: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ BAD = {
     "data modular --out .": "--out: . is a directory; name a file in it",
     "data modular --out x.tsv --operatoin add": "--operatoin: unknown option; did you mean operation?",
     "data modular --out x.tsv --p 1": "p: the modulus must be 2 or more, not 1",
-    "data modular --out x.tsv --operation dvi": 'operation: expected one of add, sub, mul, div, not "dvi"; did you mean div?',
+    "data modular --out x.tsv --operation dvi": "operation: unknown operation 'dvi'; did you mean 'div'?",
     "data modular --out x.tsv --train-fraction 1.5": "train_fraction: must lie strictly between 0 and 1, not 1.5",
     "data modular --out x.tsv --train-fraction 0.95": "train_fraction: train + val + test fractions sum to 1.05, past 1; lower one of them",
 }

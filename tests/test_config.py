@@ -12,7 +12,7 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from shoal.config import AdamW, DecoderConfig, ModularConfig, Muon, RunConfig, StudyConfig, fields_per_run, flatten, run_id
+from shoal.config import SGD, AdamW, DecoderConfig, ModularConfig, Muon, RunConfig, StudyConfig, fields_per_run, flatten, run_id
 from shoal.config.fields import ConfigError
 from shoal.config.load import difference, load_run, nearest, override, parse_overrides, structure, to_yaml, unstructure
 
@@ -29,7 +29,13 @@ FEW = {  # fields whose values hang together
     "unscored": st.just(0),
     "strings": st.lists(st.text(CHARACTERS, min_size=1), min_size=1, max_size=3).map(tuple),
     "hidden": st.lists(st.integers(1, 300), max_size=3).map(tuple),
+    "operation": st.sampled_from(["div", "cubic", "s5", "add+mul"]),
+    "operator_token": st.just(True),
+    "base": st.integers(2, 36),
+    "module": st.sampled_from(["model.py:Model", "package.models:Net"]),
+    "arguments": st.sampled_from(["{}", '{"width": 64}']),
     "grid": st.just({}),
+    "variants": st.sampled_from([{}, {"clipped": {"clip": 0.1, "schedule.floor": 0.5}, "baseline": {}}]),
 }
 
 
@@ -97,6 +103,21 @@ def test_study_round_trips(config: StudyConfig, rates: list[float]) -> None:
     config = dataclasses.replace(config, grid={"optimizer.lr": rates, "schedule.kind": ["cosine"], "evaluate": [["train"], ["val", "train"]]})
     assert structure(StudyConfig, unstructure(config)) == config
     assert structure(StudyConfig, yaml.safe_load(to_yaml(config))) == config
+
+
+def test_variants() -> None:
+    study = override(StudyConfig(), {"variants": {"baseline": {}, "sgd": {"optimizer.type": "sgd", "optimizer.lr": 1}}, "grid.clip": [0, 1], "seeds": 2})
+    assert study.num_runs == len(study.runs()) == 8 and len({run_id(run) for run in study.runs()}) == 8
+    told, runs = zip(*study.settings(), strict=True)
+    assert told == tuple({"variant": name, "clip": clip} for name in ("baseline", "sgd") for clip in (0.0, 1.0))
+    assert [(run.variant, type(run.optimizer), run.optimizer.lr, run.clip) for run in runs[1:3]] == [("baseline", AdamW, 1e-3, 1), ("sgd", SGD, 1, 0)]
+    assert [name for name in override(study, {"variants": "sgd"}).variants] == ["sgd"] == list(override(study, {"variants": ["sgd"]}).variants)
+    assert message(override, study, {"variants": "sdg"}) == "variants: there is no variant 'sdg'; did you mean sgd?"
+    assert message(override, StudyConfig(), {"variants": {"a": {"optimizer.lrr": 1}}}) == "variants.a.optimizer.lrr: unknown key; did you mean lr?"
+    assert message(override, StudyConfig(), {"variants": {"a": {"steps": "x"}}}) == 'variants.a.steps: expected a whole number, not "x"'
+    assert "which the grid varies too" in message(override, study, {"variants": {"a": {"clip": 1.0}}})
+    assert "cannot set a variant's name or seeds" in message(override, study, {"variants": {"a": {"seeds.init": 1}}})
+    assert "expected a mapping of names to changes" in message(structure, StudyConfig, {"variants": [1]})
 
 
 @given(configs(RunConfig))
@@ -206,7 +227,7 @@ BAD_OVERRIDES = {  # of a run
     "--optimizer.weight-decay 1": "optimizer.weight_decay: unknown key; did you mean wd?",
     "--optimzer.lr 1": "optimzer: unknown key; did you mean optimizer?",
     "--optimizer.lr.x 1": "optimizer.lr: has no fields of its own, so x is no setting",
-    "--optimizer. 1": "optimizer: unknown key; known here: lr, wd, beta1, beta2, eps, decay",
+    "--optimizer. 1": "optimizer: unknown key; known here: lr, wd, beta1, beta2, eps, decay, decay_to",
     "--optimizer muon": 'optimizer: expected a mapping with `type: sgd|adam|adamw|adagrad|muon`, not "muon"',
     "--optimizer.type mun": 'optimizer.type: unknown type "mun"; did you mean muon?',
     "--optimizer.type muon --optimizer.beta1 0": "optimizer.beta1: unknown key; did you mean adam_beta1?",

@@ -20,7 +20,7 @@ CONFIGS = {"modular": BASE, "memorize": MEMORIZE, "mlp": MLP, "muon": MUON}
 @pytest.mark.parametrize("name", CONFIGS)
 def test_runs_that_differ_in_their_own_fields_share_a_fleet(name: str) -> None:
     base = CONFIGS[name]
-    other: dict[str, Any] = {"task.operation": "sub", "task.test_fraction": 0.05}
+    other: dict[str, Any] = {"task.operation": "sub", "task.test_fraction": 0.05, "task.split": "paired", "variant": "other"}
     changed = []
     for path in fields_per_run(base):
         value = flatten(base)[path]
@@ -32,16 +32,18 @@ def test_runs_that_differ_in_their_own_fields_share_a_fleet(name: str) -> None:
 def structural() -> dict[str, RunConfig]:
     """Every choice of every structural field, and a few sizes."""
     found = {f"run {name}": run for name, run in variants(BASE).items()}
-    for part in ("task", "model"):
+    for part in ("task", "model", "gradient", "weights"):
         found |= {f"{part} {name}": replace(BASE, **{part: config}) for name, config in variants(getattr(BASE, part)).items()}
     for examples in OPTIMIZER_EXAMPLES.values():
         found |= {f"optimizer {name}": replace(BASE, optimizer=config) for name, config in variants(examples[0]).items()}
     values: dict[str, Any] = {
         "model.width": 24, "model.num_layers": 1, "model.feed_forward": 0, "task.p": 13, "batch_size": 64, "accumulate": 2, "precision": "bfloat16",
         "log_every": 5, "evaluate_every": 10, "evaluate": ["train"], "stop_metric": "val/loss", "stop_evaluations": 3, "optimizer.decay": "matrices",
-        "schedule.kind": "linear", "model.dropout": 0.0, "clip": 0.0,
+        "schedule.kind": "linear", "model.dropout": 0.0, "clip": 0.0, "task.operation": "add+mul", "task.base": 3, "gradient.filter_window": 7,
+        "gradient.noise": 0.1, "weights.noise": 0.1, "weights.fixed_norm": True, "snapshots": [3], "objective": "stablemax", "optimizer.decay_to": "start",
     }  # fmt: skip
-    same_program = {"optimizer AdamW", *(f"task operation={name}" for name in ("add", "sub", "mul", "div"))}
+    same_program = {"optimizer AdamW", *(f"task split={name}" for name in ("random", "paired", "stratified", "rows"))}
+    found["task s5"] = with_values(BASE, {"task.operation": "s5"})
     return {name: run for name, run in found.items() if run != BASE and name not in same_program} | {
         path: with_values(BASE, {path: v}) for path, v in values.items()
     }
@@ -54,7 +56,7 @@ def test_structure_splits(name: str) -> None:
     assert plan([BASE, run, with_seed(BASE, 1), with_seed(run, 1)]) == [[BASE, with_seed(BASE, 1)], [run, with_seed(run, 1)]]
 
 
-@pytest.mark.parametrize(("path", "values"), [("model.dropout", [0.0, 0.1, 0.0, 0.5]), ("clip", [0.0, 1.0, 0.0, 0.1])])
+@pytest.mark.parametrize(("path", "values"), [(path, [0.0, 0.1, 0.0, 0.5]) for path in ("model.dropout", "clip", "gradient.noise", "weights.noise")])
 def test_some_and_none_are_two_programs(path: str, values: list[float]) -> None:
     runs = [with_values(BASE, {path: value}) for value in values]
     assert plan(runs) == [[runs[0], runs[2]], [runs[1], runs[3]]]
@@ -88,7 +90,7 @@ REFUSED = {
     ],
     "model": [
         ({"model": MLP.model, "task": MEMORIZE.task, "evaluate": ["train"]}, "model: embedding_mlp gives one answer to one short prompt"),
-        ({"model": MLP.model, "task.tokens": "character"}, "model: embedding_mlp gives one answer to one short prompt"),
+        ({"model": MLP.model, "task.tokens": "digits"}, "model: embedding_mlp gives one answer to one short prompt"),
     ],
     "model.num_inputs": [
         ({"model": replace(MLP.model, num_inputs=2)}, "model.num_inputs: must be 3 to read both operands, not 2"),

@@ -12,11 +12,14 @@ from xml.etree import ElementTree
 import matplotlib
 import numpy as np
 import pytest
+from invented import invented
 
-from shoal.config import AdamW, DecoderConfig, ModularConfig, RunConfig, flatten, run_id, with_seed, with_values
-from shoal.results import Claim, Figure, Sample, Store, curves, dots, survival, write_report
+from shoal.config import AdamW, DecoderConfig, ModularConfig, RunConfig, StudyConfig, flatten, run_id, with_seed, with_values
+from shoal.config.load import override
+from shoal.results import Claim, Estimate, Figure, Rows, Sample, Store, curves, dots, survival, tables, write_report
 from shoal.results import figures as figures_module
 from shoal.results.claims import record as record_claims
+from shoal.results.tables import Table
 
 BUDGET, EVERY = 10_000, 50
 
@@ -347,6 +350,56 @@ def test_a_figure_that_fails_is_named_and_costs_nothing_else(tmp_path: Path) -> 
         and (tmp_path / "figures/accuracy.svg").exists()
         and not (tmp_path / "figures/broken.svg").exists()
     )
+
+
+def test_a_studys_own_tables(tmp_path: Path) -> None:
+    cells = {
+        "what": "a | b <i>",
+        "nothing": None,
+        "number": 12_345.0,
+        "steps": Estimate("survival median", 4400.0, 4300.0, 4700.0, 9),
+        "late": Estimate("survival median", np.inf, 4300.0, np.inf, 9),
+        "share": Estimate("proportion", 0.8, 0.44, 0.97, 10),
+        "open": Estimate("median", 3.5, -np.inf, np.inf, 2),
+        "none": Estimate("survival median", np.nan, 0.0, np.inf, 0),
+    }
+    own = [
+        Table("first", lambda rows: [cells, {"what": "second line", "only here": 7}], "What it <shows>."),
+        Table("broken", lambda rows: [{"x": rows.column("final.train/acuracy")}]),
+        Table("empty", lambda rows: []),
+    ]
+    path = write_report(invent(tmp_path, seeds=2), "grokking", QUESTION, figures()[:1], own_tables=own)
+    page = Page(path.read_text())
+    assert page.tags == [] and page.text.index("What it <shows>.") > page.text.index("Results")
+    assert "a | b <i> – 12,345 4,400 [4,300, 4,700] not reached [4,300, ∞] 8 of 10 [0.44, 0.97] 3.5 – –" in page.text
+    assert "second line – – – – – – – 7" in page.text
+    assert "Could not be made. KeyError: \"no run has 'final.train/acuracy'; did you mean 'final.train/accuracy'?\"" in page.text
+    assert "Nothing to show yet." in page.text and (tmp_path / "figures/accuracy.svg").exists()
+    text = path.with_name("report.md").read_text()
+    assert text.index("## Results") < text.index("## Tables") < text.index("## Figures")
+    assert "| a \\| b <i> | – | 12,345 | 4,400 [4,300, 4,700] | not reached [4,300, ∞] | 8 of 10 [0.44, 0.97] | 3.5 | – | – |" in text
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
+    assert "\n\n\n\n" not in text
+
+
+def test_variants_are_told_by_what_they_change(tmp_path: Path) -> None:
+    """In the study's order; the set-up is the first one's, and each other one's changes stand by its name, though it has another optimizer."""
+    changes: dict[str, dict[str, Any]] = {
+        "usual": {}, "no decay": {"optimizer.wd": 0.0}, "Adam": {"optimizer.type": "adam", "optimizer.lr": 0.01, "optimizer.eps": 1e-7}, "again": {},
+    }  # fmt: skip
+    config = override(StudyConfig(run=base(), variants=changes, grid={"task.train_fraction": [0.3, 0.4]}, seeds=2), {})
+    runs = config.runs()
+    store, rows = invented(tmp_path, [(runs[i], 500.0) for i in np.random.default_rng(0).permutation(len(runs))], record={"config": {"variant": list(changes)}})
+    assert [line["label"] for line in tables.results(rows, "val/accuracy")] == [f"{name}, train_fraction = {share}" for name in changes for share in (0.3, 0.4)]
+    assert tables.changes(rows) == [("no decay", "wd = 0"), ("Adam", "optimizer = adam, lr = 0.01, eps = 1e-7"), ("again", "nothing")]
+    told = {line["path"]: (line["values"], line["differs"]) for section in tables.setup(rows) for line in section["lines"]}
+    assert told["optimizer.wd"] == ("0.01", False) and told["task.train_fraction"] == ("0.3 | 0.4", True) and told["variant"] == ("usual", False)
+    path = write_report(store, "invented", QUESTION, [curves("val/accuracy", by=["variant"])])
+    page = Page(path.read_text())
+    assert page.tags == [] and "Adam optimizer = adam, lr = 0.01, eps = 1e-7" in page.text and "of the first variant" in page.text
+    assert "| no decay | wd = 0 |" in path.with_name("report.md").read_text()
+    assert tables.changes(rows.where({"variant": "usual"})) == [] == tables.changes(Rows())
 
 
 def test_planned_runs_that_have_not_started_are_said(tmp_path: Path) -> None:

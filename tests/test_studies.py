@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,27 @@ SHRUNKEN: dict[str, dict[str, Any]] = {
     "sanity": {"run.task.strings": ["hello", "help me"]},
     "arithmetic": {"run.batch_size": 16, "grid.task.p": [7, 11], "grid.task.operation": ["add", "sub"]},
     "grokking": {"run.batch_size": 16, "run.task.p": 7},
+    "grokking-ablations": {"run.batch_size": 16, "run.task.p": 7},
+    "grokking-interventions": {"run.batch_size": 16, "run.task.p": 7},
+    "grokking-stability": {"run.model.type": "decoder", "run.task.p": 7},
+    "grokking-init": {"run.batch_size": 16, "run.task.p": 7},
+    "grokking-fractions": {"run.batch_size": 16, "run.task.p": 7},
+    "grokking-operations": {"run.batch_size": 16, "run.task.p": 7},
+    "grokking-heatmap": {"run.batch_size": 16, "run.task.p": 7},
+    "grokking-mixtures": {"run.batch_size": 16, "run.task.p": 7},
+    "grokking-optimizers": {"grid.batch_size": [16], "grid.model.width": [16], "run.task.p": 7},
+    "grokking-tokens": {"run.batch_size": 16, "run.task.p": 7},
+    "grokking-progress": {
+        "variants": ["division", "random addition"],
+        "run.model.type": "decoder",
+        "run.batch_size": 16,
+        "run.task.p": 7,
+        "run.snapshots": [0, 4],
+    },
 }
+
+
+STAGED = ("grokking-optimizers",)  # whose first runs are not its config's
 
 
 def shrunken(name: str, **changes: Any) -> StudyConfig:
@@ -54,7 +75,7 @@ def test_presets(name: str, preset: str) -> None:
     assert override(config, {}) == config == module.PRESETS[preset]()
     study = module.study(config)
     assert study.name == name and study.question.endswith("?") and "\n" not in study.question
-    assert study.config == config and study.wanted(shoal.Rows()) == config.runs()
+    assert study.config == config and (name in STAGED or study.wanted(shoal.Rows()) == config.runs())
     assert len({run_id(run) for run in config.runs()}) == config.num_runs
     assert len(study.claims) == len({claim.text for claim in study.claims}) > 0 and all(claim.text.endswith(".") for claim in study.claims)
     assert len(study.figures) == len({figure.name for figure in study.figures}) > 0
@@ -85,17 +106,24 @@ def test_claims_have_the_same_hash_in_every_process() -> None:
     assert printed[0] == printed[1] and printed[0].count("hash") > 10
 
 
+def judged(claim: Mapping[str, Any], seeds: int) -> bool:
+    """On a value for every seed; about who was sooner, or a slope, on those of which it can be said, here often none."""
+    return claim["n"] == seeds or (
+        ("sooner" in claim["claim"] or "slope" in claim["claim"]) and claim["n"] < seeds and (claim["n"] > 0 or claim["note"] == "no values")
+    )
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_from_config_to_report(name: str, tmp_path: Path) -> None:
     config = shrunken(name)
     study = MODULES[name].study(config)
     result = shoal.run(study, tmp_path, progress=False, preset="tiny", command=f"shoal run {name}")
-    assert len(result.rows) == config.num_runs and {row["status"] for row in result.rows} <= {"completed", "finished"}
+    assert (name in STAGED or len(result.rows) == config.num_runs) and {row["status"] for row in result.rows} <= {"completed", "finished"}
     assert all(row["measures"].keys() == study.measures.keys() for row in result.rows)
-    assert len(json.loads((tmp_path / "results.json").read_text())) == config.num_runs
+    assert len(json.loads((tmp_path / "results.json").read_text())) == len(result.rows)
     claims = json.loads((tmp_path / "claims.json").read_text())
     assert [claim["claim"] for claim in claims] == [claim.text for claim in study.claims]
-    assert all(claim["n"] == config.seeds for claim in claims), [claim["note"] for claim in claims]
+    assert all(judged(claim, config.seeds) for claim in claims), [claim["note"] for claim in claims]
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {figure.name for figure in study.figures}
     page = result.report.read_text()
     assert "Could not be drawn" not in page and study.question in page and "preset tiny" in page and (tmp_path / "report.md").stat().st_size > 2000
@@ -110,13 +138,13 @@ def test_from_config_to_report(name: str, tmp_path: Path) -> None:
 def test_a_varied_setting_is_not_pooled(name: str, tmp_path: Path) -> None:
     """--grid on anything: claims are of one setting each."""
     small = {"grid.task.p": [7], "grid.task.operation": ["add"]} if name == "arithmetic" else {}
-    study = MODULES[name].study(shrunken(name, **small, **{"grid.optimizer.lr": [1e-3, 1e-2], "grid.steps": [4, 8]}))
+    study = MODULES[name].study(shrunken(name, **small, **{"grid.clip": [0.5, 2.0], "grid.steps": [4, 8]}))  # what no variant changes
     assert study.config is not None
     texts = [claim.text for claim in study.claims]
     assert len(set(texts)) == len(texts)
-    assert [sum(word in text.replace(")", ",") for text in texts) for word in ("lr = 0.001,", "lr = 0.01,")] == [len(texts) / 2] * 2
+    assert [sum(word in text.replace(")", ",") for text in texts) for word in ("clip = 0.5,", "clip = 2,")] == [len(texts) / 2] * 2
     result = shoal.run(study, tmp_path, progress=False)
-    assert all(claim["n"] == study.config.seeds for claim in result.claims)
+    assert all(judged(claim, study.config.seeds) for claim in result.claims), [claim["note"] for claim in result.claims]
     assert {row["steps"] for row in result.rows} == {4, 8}
 
 

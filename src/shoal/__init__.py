@@ -13,7 +13,7 @@ from typing import Any
 _HOME = {
     "shoal.config": (
         "RunConfig", "StudyConfig", "Schedule", "Seeds", "PerRun",
-        "ModularConfig", "MemorizeConfig", "DecoderConfig", "EmbeddingMLPConfig", "SGD", "Adam", "AdamW", "Adagrad", "Muon",
+        "ModularConfig", "MemorizeConfig", "DecoderConfig", "EmbeddingMLPConfig", "ModuleConfig", "SGD", "Adam", "AdamW", "Adagrad", "Muon",
     ),
     "shoal.config.fields": ("ConfigError",),
     "shoal.studies.study": ("Study", "grid"),

@@ -89,6 +89,7 @@ class Run:
     yes: FlagCreatePairsOff[bool] = False  # allow more than 2,000 runs
     max_runs_per_fleet: Annotated[int, arg(metavar="N")] = 0  # runs trained side by side at most; 0 = as many as memory allows
     compile: Literal["auto", "on", "off"] = "auto"  # compile the training step
+    workers: Annotated[int, arg(metavar="N")] = 1  # fleets trained at once, each in its own process; with several GPUs on each in turn
 
     def __call__(self, overrides: Mapping[str, Any], command: str) -> None:
         from shoal.studies import STUDIES
@@ -101,10 +102,11 @@ class Run:
         config: StudyConfig = override(_pick(preset, module.PRESETS, f"preset of {self.study}")(), {**overrides, **seeds})
         if self.fields:
             return _print_fields(config)
-        many = f"{config.num_runs:,} runs ({config.seeds} seeds of every combination of {', '.join(config.grid) or 'one config'})"
+        varied = [*(["the variants"] if config.variants else []), *config.grid]
+        many = f"{config.num_runs:,} runs ({config.seeds} seeds of every combination of {', '.join(varied) or 'one config'})"
         check(config.num_runs <= MAX_RUNS or self.yes, "grid", f"{many}; more than {MAX_RUNS:,} need --yes")
         out = self.out or Path("runs", self.study if preset == default else f"{self.study}-{preset}")
-        limits = {"max_runs_per_fleet": self.max_runs_per_fleet or None, "compile": self.compile}
+        limits = {"max_runs_per_fleet": self.max_runs_per_fleet or None, "compile": self.compile, "workers": self.workers}
         _finish(_driver().run(module.study(config), out, device=self.device, preset=preset, command=command, **limits))
 
 
@@ -168,7 +170,9 @@ class Report:
 class Data:
     """Write a task's data as a table, and print its counts and the split's hash. Any field of the task can be set: --p 113 --train-fraction 0.3.
 
-    Example: shoal data modular --p 97 --operation div --out table.tsv
+    Operations: residues modulo p are numbers, and the permutations of S5 the images of 0 to 4; div+mul is one table of both.
+
+    Example: shoal data modular --p 97 --operation div+mul --split paired --out table.tsv
     """
 
     target: ClassVar = ModularConfig
@@ -183,7 +187,8 @@ class Data:
         check(self.out.parent.is_dir(), "--out", f"there is no directory {self.out.parent}")
         from shoal.tasks.modular import export
 
-        for name, value in export(config, self.seed, self.out).items():
+        facts = export(config, self.seed, self.out)
+        for name, value in (*((name, facts[name]) for name in facts if name != "notes"), *(("note", note) for note in facts["notes"])):
             print(f"{name}: {value}")
 
 

@@ -2,8 +2,8 @@
 
 Every draw is the same integer on every device and in every fleet: 64-bit counters through splitmix64's
 finaliser (Steele, Lea, Flood 2014), names through crc32 (never ``hash()``, which differs by process). No state, no
-global generator. Only integer operations and exact conversions are used here; what needs a logarithm (normals) is drawn on the CPU,
-in ``shoal.nn.init``.
+global generator. Only integer operations and exact conversions are used here; normals, which need a logarithm, are in ``shoal.nn.init``,
+and initial values are drawn on the CPU for that.
 
     rng.uniform(rng.key(torch.tensor([0, 1]), "example", 7), 4)   # [2, 4], the same on any machine
 """

@@ -58,14 +58,14 @@ def test_draws_are_the_same_integers(name: str) -> None:
 
 @every_fleet
 def test_captured_equals_the_cpu(name: str) -> None:
-    """50 steps of the captured, uncompiled step: every loss within 1e-3 (Muon, which makes small singular values large: 1e-2; 2e-3 was seen on an H100)."""
+    """50 steps of the captured, uncompiled step: every loss within 1e-3 (1e-2 where small singular values are made large: 2e-3 was seen on an H100)."""
     there = Fleet.build(fifty(FLEETS[name]), DEVICE, compile=False)
     muon = isinstance(there.config.optimizer, Muon)
     if muon:  # in float32, as on the CPU
         there.optimizer = replace(there.optimizer, dtype=torch.float32)  # type: ignore[type-var]
     _, expected = finished(Fleet.build(fifty(FLEETS[name]), "cpu"))
     _, got = finished(there)
-    assert_alike(got, expected, 1e-2 if muon else 1e-3)
+    assert_alike(got, expected, 1e-2 if muon or there.config.gradient.direction == "egalitarian" else 1e-3)
 
 
 # --- compiled

@@ -7,8 +7,8 @@ it changes shapes or code, so runs that differ in it train in different fleets. 
 """
 
 from shoal.config.core import PerRun, RunConfig, Schedule, Seeds, StudyConfig, fields_per_run, flatten, run_id, with_seed, with_values
-from shoal.config.models import DecoderConfig, EmbeddingMLPConfig, ModelConfig
-from shoal.config.optimizers import SGD, Adagrad, Adam, AdamW, Muon, OptimizerConfig
+from shoal.config.models import DecoderConfig, EmbeddingMLPConfig, ModelConfig, ModuleConfig
+from shoal.config.optimizers import SGD, Adagrad, Adam, AdamW, Gradient, Muon, OptimizerConfig, Weights
 from shoal.config.tasks import MemorizeConfig, ModularConfig, TaskConfig
 
 __all__ = [
@@ -18,9 +18,11 @@ __all__ = [
     "AdamW",
     "DecoderConfig",
     "EmbeddingMLPConfig",
+    "Gradient",
     "MemorizeConfig",
     "ModelConfig",
     "ModularConfig",
+    "ModuleConfig",
     "Muon",
     "OptimizerConfig",
     "PerRun",
@@ -29,6 +31,7 @@ __all__ = [
     "Seeds",
     "StudyConfig",
     "TaskConfig",
+    "Weights",
     "fields_per_run",
     "flatten",
     "run_id",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from shoal.config.fields import PER_RUN, ConfigError, PerRun, check
 from shoal.config.models import DecoderConfig, ModelConfig
-from shoal.config.optimizers import AdamW, OptimizerConfig
+from shoal.config.optimizers import AdamW, Gradient, OptimizerConfig, Weights
 from shoal.config.tasks import ModularConfig, TaskConfig
 
 
@@ -48,8 +50,10 @@ class Schedule:
 class RunConfig:
     task: TaskConfig = field(default_factory=ModularConfig)
     model: ModelConfig = field(default_factory=DecoderConfig)
-    objective: Literal["cross_entropy"] = "cross_entropy"
+    objective: Literal["cross_entropy", "cross_entropy_float64", "stablemax"] = "cross_entropy"
     optimizer: OptimizerConfig = field(default_factory=AdamW)
+    gradient: Gradient = field(default_factory=Gradient)
+    weights: Weights = field(default_factory=Weights)
     schedule: Schedule = field(default_factory=Schedule)
     seeds: Seeds = field(default_factory=Seeds)
     steps: PerRun[int] = 1000
@@ -63,6 +67,8 @@ class RunConfig:
     stop_metric: str | None = None  # a run is finished once this evaluation metric ...
     stop_at: PerRun[float] = 0.99  # ... has reached this value ("loss" metrics: fallen to it) ...
     stop_evaluations: int = 5  # ... at so many evaluations in a row
+    snapshots: tuple[int, ...] = ()  # numbers of updates after which the weights are kept, beside those at the end
+    variant: PerRun[str] = ""  # what its study calls this setting
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "log_every", "evaluate_every", "stop_evaluations"):
@@ -70,6 +76,7 @@ class RunConfig:
         check(self.batch_size >= 0, "batch_size", "must be 0 (the whole training table) or more")
         check(self.batch_size % self.accumulate == 0, "accumulate", f"{self.accumulate} pieces do not divide the batch of {self.batch_size}")
         check(self.clip >= 0, "clip", "must be 0 (none) or more")
+        check(all(step >= 0 for step in self.snapshots), "snapshots", "are numbers of updates: 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +84,8 @@ class StudyConfig:
     """The fields of a study: a run, what is varied, how many seeds."""
 
     run: RunConfig = field(default_factory=RunConfig)
-    grid: dict[str, list[Any]] = field(default_factory=dict)  # dotted path in the run -> values; all combinations
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> changes of the run, where no grid can say what is compared
+    grid: dict[str, list[Any]] = field(default_factory=dict)  # dotted path in the run -> values; all combinations, for every variant
     seeds: int = 3  # seeds 0 .. seeds-1, each sets split, init and order
     first_seed: int = 0
 
@@ -90,15 +98,19 @@ class StudyConfig:
 
     @property
     def num_runs(self) -> int:
-        product = self.seeds
-        for values in self.grid.values():
-            product *= len(values)
-        return product
+        return self.seeds * max(1, len(self.variants)) * math.prod(map(len, self.grid.values()))
+
+    def settings(self) -> list[tuple[dict[str, Any], RunConfig]]:
+        """Every variant with every combination of the grid: what tells it apart (dotted path -> value) and its run, seeds aside."""
+        from shoal.config.load import override  # which knows StudyConfig
+
+        bases = [({"variant": name}, override(self.run, changes | {"variant": name})) for name, changes in self.variants.items()] or [({}, self.run)]
+        combinations = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        return [(told | chosen, with_values(run, chosen)) for told, run in bases for chosen in combinations]
 
     def runs(self) -> list[RunConfig]:
-        """Every combination of the grid, every seed; seeds vary fastest."""
-        cells = itertools.product(*([(path, value) for value in values] for path, values in self.grid.items()))
-        return [with_seed(with_values(self.run, dict(cell)), self.first_seed + s) for cell in cells for s in range(self.seeds)]
+        """Every setting, every seed; seeds vary fastest."""
+        return [with_seed(run, self.first_seed + s) for _, run in self.settings() for s in range(self.seeds)]
 
 
 def with_seed(run: RunConfig, seed: int) -> RunConfig:
@@ -151,13 +163,16 @@ def type_name(cls: type) -> str:
 
 def fields_per_run(config: Any, prefix: str = "") -> Iterator[str]:
     """Dotted paths of the PerRun fields of a config."""
-    hints = get_type_hints(type(config), include_extras=True)
+    hints = _hints(type(config))
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             yield from fields_per_run(value, f"{prefix}{f.name}.")
         elif PER_RUN in getattr(hints[f.name], "__metadata__", ()) or any(PER_RUN in getattr(a, "__metadata__", ()) for a in get_args(hints[f.name])):
             yield f"{prefix}{f.name}"
+
+
+_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))  # asked for every run of a fleet
 
 
 def run_id(run: RunConfig) -> str:

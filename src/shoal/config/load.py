@@ -30,6 +30,7 @@ from cattrs.gen import make_dict_structure_fn
 
 from shoal.config.core import RunConfig, StudyConfig, type_name, with_values
 from shoal.config.fields import ConfigError, check
+from shoal.config.models import ModuleConfig
 
 C = TypeVar("C")
 FLAG = object()  # what parse_overrides gives for "--a.b" without a value: true for a boolean field, an error for any other
@@ -89,13 +90,17 @@ def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
 def override(config: C, values: Mapping[str, Any]) -> C:
     """A copy with dotted paths replaced, all at once, checked as if it came from a file.
 
-    ``optimizer.type`` changes the class: fields both have keep their values, the others get their defaults. ``grid.<path>`` sets the values a study varies.
+    ``optimizer.type`` changes the class: fields both have keep their values, the others get their defaults. ``grid.<path>`` sets the values a study varies;
+    ``variants`` may be names of those there are, to keep only them.
     """
-    data = unstructure(config)
+    kind, data = type(config), unstructure(config)
     for path in sorted(values, key=lambda p: not p.endswith(".type")):  # types first: they decide which fields there are
         value = values[path]
         if isinstance(config, StudyConfig) and path.startswith("grid."):
             data["grid"][path.removeprefix("grid.")] = value
+            continue
+        if isinstance(config, StudyConfig) and path == "variants" and not isinstance(value, dict):
+            data["variants"] = _chosen(data["variants"], value)
             continue
         _require(path, data)
         *parents, last = path.split(".")
@@ -116,7 +121,16 @@ def override(config: C, values: Mapping[str, Any]) -> C:
             if not of_run:
                 check(inner not in data["grid"], path, f"has no effect, the grid varies it; use --grid.{inner} VALUE,VALUE")
                 check(inner.split(".")[0] != "seeds", path, "has no effect, a study numbers its seeds; use --seeds and --first_seed")
-    return structure(type(config), data)
+    return structure(kind, data)
+
+
+def _chosen(variants: Mapping[str, Any], names: Any) -> dict[str, Any]:
+    """``--variants sgd,muon``: only these."""
+    wanted = [name.strip() for name in names.split(",")] if isinstance(names, str) else [str(name) for name in names] if isinstance(names, list) else []
+    check(bool(wanted), "variants", f"name some of {', '.join(variants) or 'none: this study has no variants'}")
+    for name in wanted:
+        check(name in variants, "variants", f"there is no variant {name!r}; {nearest(name, variants)}")
+    return {name: changes for name, changes in variants.items() if name in wanted}
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -250,6 +264,14 @@ def _checked_grid(config: StudyConfig) -> StudyConfig:
         check(not _configs(hint), f"grid.{path}", "is a group of fields; vary one of them")
         grid[path] = [_converter().unstructure(_structure(v, hint, f"grid.{path}"), unstructure_as=hint) for v in values]
     config = dataclasses.replace(config, grid=grid)
+    for name, changes in config.variants.items():
+        both = changes.keys() & grid.keys()
+        check(not both, f"variants.{name}", f"changes {', '.join(sorted(both))}, which the grid varies too; leave it to one of them")
+        check("variant" not in changes and not any(path.startswith("seeds.") for path in changes), f"variants.{name}", "cannot set a variant's name or seeds")
+        try:
+            override(config.run, changes)
+        except ConfigError as error:
+            raise ConfigError(f"variants.{name}.{error.path}", error.message) from None
     for cell in itertools.islice(itertools.product(*grid.values()), _CHECKED_CELLS):
         chosen = dict(zip(grid, cell, strict=True))
         try:
@@ -267,8 +289,9 @@ def _converter() -> Converter:
     converter.register_structure_hook_factory(lambda t: get_origin(t) is Literal, lambda t, _: _choice)
     converter.register_structure_hook_factory(lambda t: get_origin(t) is list, lambda t, c: _guarded(list, list_structure_factory(t, c)))
     converter.register_structure_hook_factory(lambda t: get_origin(t) is tuple, lambda t, c: _guarded(list, homogenous_tuple_structure_factory(t, c)))
-    converter.register_structure_hook_factory(lambda t: get_origin(t) is dict, lambda t, c: _lists_by_path)
+    converter.register_structure_hook_factory(lambda t: get_origin(t) is dict, lambda t, c: _by_path(get_origin(get_args(t)[1])))
     converter.register_structure_hook_factory(dataclasses.is_dataclass, lambda t, c: _guarded(dict, make_dict_structure_fn(t, c)))
+    converter.register_structure_hook_factory(lambda t: t is ModuleConfig, lambda t, c: _with_arguments(_guarded(dict, make_dict_structure_fn(t, c))))
     converter.register_structure_hook_factory(lambda t: len(_configs(t)) > 1, _tagged)
     converter.register_structure_hook_factory(lambda t: _is_union(t) and NoneType in get_args(t), _optional)  # asked first: the last one registered
     converter.register_unstructure_hook_factory(
@@ -324,11 +347,28 @@ def _guarded(kind: type, inner: Any) -> Any:
     return hook
 
 
-def _lists_by_path(value: Any, hint: Any) -> dict[str, list[Any]]:
-    check(isinstance(value, dict), "", f"expected a mapping of dotted paths to lists, not {_show(value)}")
-    for path, values in value.items():
-        check(isinstance(values, list), path, f"expected a list of values, not {_show(values)}")
-    return {path: list(values) for path, values in value.items()}
+def _with_arguments(inner: Any) -> Any:
+    """The arguments of a module may be written as a mapping; they are kept as its JSON."""
+
+    def hook(value: Any, hint: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("arguments"), dict):
+            value = value | {"arguments": json.dumps(value["arguments"])}
+        return inner(value, hint)
+
+    return hook
+
+
+def _by_path(kind: type) -> Any:
+    """``grid``: dotted path -> list of values; ``variants``: name -> mapping of dotted path -> value."""
+    what, inner = ("dotted paths to lists", "a list of values") if kind is list else ("names to changes", "a mapping of dotted paths to values")
+
+    def hook(value: Any, hint: Any) -> dict[str, Any]:
+        check(isinstance(value, dict), "", f"expected a mapping of {what}, not {_show(value)}")
+        for path, values in value.items():
+            check(isinstance(values, kind), path, f"expected {inner}, not {_show(values)}")
+        return {path: kind(values) for path, values in value.items()}
+
+    return hook
 
 
 def _optional(hint: Any, converter: Converter) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Literal
 
-from shoal.config.fields import PerRun, check
+from shoal.config.fields import ConfigError, PerRun, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +67,26 @@ class EmbeddingMLPConfig:
         _check_scales(self, "embedding_std", "init_scale")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModuleConfig:
+    """Your own ``torch.nn.Module``, run as a fleet by ``torch.func.vmap``: tokens int64 [B, T] -> logits [B, T, V], or [B, V] of the last position alone."""
+
+    module: str = "model.py:Model"  # where it is: "package.module:Class" or "path/to/file.py:Class"; made by Class(vocab_size=..., max_length=..., **arguments)
+    arguments: str = "{}"  # its other arguments, as a JSON object
+
+    def __post_init__(self) -> None:
+        place, colon, name = self.module.rpartition(":")
+        check(bool(colon and place and name.isidentifier()), "module", f'name it as "package.module:Class" or "file.py:Class", not {self.module!r}')
+        try:
+            arguments = json.loads(self.arguments)
+        except ValueError as error:
+            raise ConfigError("arguments", f"is not JSON ({error}); write {{}} for none") from None
+        check(isinstance(arguments, dict), "arguments", f'must be a JSON object such as {{"width": 64}}, not {self.arguments}')
+
+
 def _check_scales(config: ModelConfig, *names: str) -> None:
     for name in names:
         check(0 <= getattr(config, name) < float("inf"), name, f"must be a finite number of 0 or more, not {getattr(config, name)}")
 
 
-ModelConfig = DecoderConfig | EmbeddingMLPConfig
+ModelConfig = DecoderConfig | EmbeddingMLPConfig | ModuleConfig

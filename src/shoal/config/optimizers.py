@@ -43,6 +43,7 @@ class AdamW:
     beta2: PerRun[float] = 0.999
     eps: PerRun[float] = 1e-8
     decay: Literal["all", "matrices"] = "all"  # matrices: not biases, norms and other vectors
+    decay_to: Literal["zero", "start"] = "zero"  # start: p -= lr wd (p - p at initialisation)
     __post_init__ = _check
 
 
@@ -72,6 +73,36 @@ class Muon:
     def __post_init__(self) -> None:
         _check(self)
         check(self.newton_schulz_steps >= 1, "newton_schulz_steps", f"must be 1 or more, not {self.newton_schulz_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """What becomes of a run's gradient between clipping and the optimizer, in this order: filter, direction, noise. See ``shoal/train/interventions.py``."""
+
+    filter: Literal["none", "ema", "ma"] = "none"  # Grokfast: g + gain * (running mean of the gradients)
+    filter_gain: PerRun[float] = 2.0  # lambda there
+    filter_decay: PerRun[float] = 0.98  # alpha there, of the exponential mean
+    filter_window: int = 100  # steps of the moving average, which adds nothing until it is full, and takes so many times the weights' memory
+    direction: Literal["plain", "orthogonal", "egalitarian"] = "plain"
+    # orthogonal: without the part along the weights, each tensor at its old length; egalitarian: each matrix with all its singular values made 1
+    noise: PerRun[float] = 0.0  # standard deviation of Gaussian noise
+
+    def __post_init__(self) -> None:
+        check(0 <= self.filter_decay < 1, "filter_decay", f"must lie in [0, 1), not {self.filter_decay}")
+        check(self.filter_window >= 1, "filter_window", f"must be 1 or more, not {self.filter_window}")
+        for name in ("filter_gain", "noise"):
+            check(0 <= getattr(self, name) < float("inf"), name, f"must be a finite number of 0 or more, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What is done to a run's weights beside the optimizer's update. See ``shoal/train/interventions.py``."""
+
+    noise: PerRun[float] = 0.0  # standard deviation of Gaussian noise on the weights the training step computes with
+    fixed_norm: bool = False  # after every update all weights together are scaled back to their length at initialisation
+
+    def __post_init__(self) -> None:
+        check(0 <= self.noise < float("inf"), "noise", f"must be a finite number of 0 or more, not {self.noise}")
 
 
 OptimizerConfig = SGD | Adam | AdamW | Adagrad | Muon

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 from shoal.config.fields import PerRun, check
 
-Operation = Literal["add", "sub", "mul", "div"]
+OPERATIONS = {  # name -> what it says; x and y are residues modulo p, or permutations of five things
+    "add": "x + y",
+    "sub": "x - y",
+    "mul": "x y",
+    "div": "x / y",
+    "div_odd": "x / y if y is odd, else x - y",
+    "square_add": "x^2 + y",
+    "cube_add": "x^3 + y",
+    "squares": "x^2 + y^2",
+    "quadratic": "x^2 + x y + y^2",
+    "quadratic_x": "x^2 + x y + y^2 + x",
+    "cubic": "x^3 + x y",
+    "cubic_y": "x^3 + x y^2 + y",
+    "s5": "x y in S5",
+    "s5_conjugate": "x y x^-1 in S5",
+    "s5_sandwich": "x y x in S5",
+}
+S5_SIZE = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +48,32 @@ class MemorizeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModularConfig:
-    """a op b = c modulo p, the whole table, split into train, validation and test."""
+    """x op y = z for all x and y: residues modulo p, or (operations s5...) the 120 permutations of five things. Split into train, validation and test."""
 
-    p: int = 97
-    operation: PerRun[Operation] = "div"
+    p: int = 97  # S5 has its own 120 elements
+    operation: PerRun[str] = "div"  # a name of OPERATIONS, or several joined by "+" ("div+mul"): one table of all their rows, each with its own operator token
     train_fraction: PerRun[float] = 0.5
     val_fraction: PerRun[float] = 0.1
     test_fraction: PerRun[float | None] = None  # None = all that is left
-    tokens: Literal["residue", "character"] = "residue"
-    operator_token: bool = True  # False: "a b =" (with one operation the token says nothing)
+    split: PerRun[Literal["random", "paired", "stratified", "rows"]] = "random"
+    # paired: the same fact written twice ((x, y) and (y, x), or x / y = z and z y = x) never stands on two sides
+    # stratified: every answer has its share in every part; rows: a left operand stands in one part only
+    tokens: Literal["residue", "digits"] = "residue"  # digits: of fixed width in ``base``, one token each
+    base: int = 10
+    least_significant_first: bool = False
+    operator_token: bool = True  # False: "x y =" (with one operation the token says nothing)
+    loss: Literal["answer", "answer+end", "all"] = "answer"  # what training scores; evaluations always score the answer
     label_noise: PerRun[float] = 0.0  # share of training answers replaced by a uniform residue
 
     def __post_init__(self) -> None:
         check(self.p >= 2, "p", f"the modulus must be 2 or more, not {self.p}")
+        for name in self.operations:
+            near = get_close_matches(name, OPERATIONS, n=1)
+            fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(OPERATIONS)}"
+            check(name in OPERATIONS, "operation", f"unknown operation {name!r}; {fix}")
+        check(len(set(self.operations)) == len(self.operations), "operation", f"{self.operation!r} names an operation twice")
+        check(len({name.startswith("s5") for name in self.operations}) == 1, "operation", f"{self.operation!r} mixes residues with permutations")
+        check(len(self.operations) == 1 or self.operator_token, "operator_token", "a mixture of operations needs operator tokens to tell them apart")
         for name in ("train_fraction", "val_fraction"):
             value = getattr(self, name)
             check(0 < value < 1, name, f"must lie strictly between 0 and 1, not {value}")
@@ -50,7 +81,25 @@ class ModularConfig:
         check(0 <= test < 1, "test_fraction", f"must lie in [0, 1), not {test}")
         total = self.train_fraction + self.val_fraction + test
         check(total <= 1 + 1e-9, "train_fraction", f"train + val + test fractions sum to {total:g}, past 1; lower one of them")
-        check(0 <= self.label_noise <= 1, "label_noise", "must lie in [0, 1]")
+        check(2 <= self.base <= 36, "base", f"digits need a base from 2 to 36, not {self.base}")
+        check(
+            0 <= self.label_noise <= 1,
+            "label_noise",
+            f"is the share of training answers that are replaced, in [0, 1]; {self.label_noise:g} asks for more noise than there are answers",
+        )
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        return tuple(self.operation.split("+"))
+
+    @property
+    def permutations(self) -> bool:
+        """Its elements are those of S5, not residues modulo p."""
+        return self.operations[0].startswith("s5")
+
+    @property
+    def num_elements(self) -> int:
+        return S5_SIZE if self.permutations else self.p
 
 
 TaskConfig = MemorizeConfig | ModularConfig

@@ -7,6 +7,7 @@ CharacterTokenizer("hello", special=("<s>", "</s>")).encode("hole")   # [1, 3, 2
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from shoal.config.fields import check
@@ -30,19 +31,25 @@ class CharacterTokenizer:
 
 
 class WordTokenizer:
-    """One token per word of a text split at white space. Ids: the distinct words in the order given."""
+    """One token per word: of a text split at white space, or with ``spaced`` False of one written without gaps (the longest word that fits is taken).
 
-    def __init__(self, words: Iterable[str]) -> None:
-        self.words = tuple(dict.fromkeys(words))
+    Ids: the distinct words in the order given, then ``special``, whose ids are in ``self.special``.
+    """
+
+    def __init__(self, words: Iterable[str], special: Sequence[str] = (), spaced: bool = True) -> None:
+        self.words, self.spaced = tuple(dict.fromkeys(words)), spaced
         self.ids = {word: i for i, word in enumerate(self.words)}
-        self.vocab_size = len(self.words)
+        self.special = {name: len(self.ids) + i for i, name in enumerate(special)}
+        self.vocab_size = len(self.ids) + len(self.special)
+        longest_first = sorted(self.words, key=len, reverse=True)
+        self.piece = re.compile(r"\S+" if spaced else "|".join([*map(re.escape, longest_first), "(?s:.)"]))
 
     def encode(self, text: str) -> list[int]:
         """ConfigError ("prompt") for a word that is not in the vocabulary."""
-        return _look_up(text.split(), self.ids, "word")
+        return _look_up(self.piece.findall(text), self.ids, "word" if self.spaced else "character")
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return " ".join(self.words[token] for token in tokens)
+        return (" " if self.spaced else "").join(self.words[token] for token in tokens if token < len(self.words))
 
 
 def _look_up(pieces: Sequence[str], ids: Mapping[str, int], kind: str) -> list[int]:

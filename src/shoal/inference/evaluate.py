@@ -28,7 +28,7 @@ def batches(run: Run, split: str) -> list[Batch]:
 
 @torch.inference_mode()
 def evaluate(run: Run, split: str) -> dict[str, float]:
-    """Metric -> value over the whole split: loss (nats), accuracy, exact."""
+    """Metric -> value over the whole split: loss (nats), accuracy, exact, zero_loss, collapse."""
     total = reduce(add, (OBJECTIVES[run.config.objective](run.model, batch, None) for batch in batches(run, split)))
     return {name: value.item() for name, value in means(total).items()}
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from shoal.config.models import DecoderConfig, EmbeddingMLPConfig, ModelConfig
+from shoal.config.models import DecoderConfig, EmbeddingMLPConfig, ModelConfig, ModuleConfig
 from shoal.models.decoder import Decoder
 from shoal.models.embedding_mlp import EmbeddingMLP
+from shoal.models.module import Lifted
 
-AnyModel = Decoder | EmbeddingMLP
+AnyModel = Decoder | EmbeddingMLP | Lifted
 
 
 def build(config: ModelConfig, vocab_size: int, max_length: int, lead: tuple[int, ...] = ()) -> AnyModel:
@@ -14,4 +15,4 @@ def build(config: ModelConfig, vocab_size: int, max_length: int, lead: tuple[int
     return MODELS[type(config)](config, vocab_size, max_length, lead)
 
 
-MODELS = {DecoderConfig: Decoder, EmbeddingMLPConfig: EmbeddingMLP}
+MODELS = {DecoderConfig: Decoder, EmbeddingMLPConfig: EmbeddingMLP, ModuleConfig: Lifted}

@@ -1,13 +1,14 @@
 """Layers with an optional leading run axis, positions, dropout, initialisation."""
 
 from shoal.nn.dropout import dropout
-from shoal.nn.init import Constant, Normal, Uniform, initialise
+from shoal.nn.init import Constant, Given, Normal, Uniform, initialise
 from shoal.nn.layers import Embedding, LayerNorm, Linear, RMSNorm, joint_linear, linear, select
 from shoal.nn.positions import rotate, sinusoidal
 
 __all__ = [
     "Constant",
     "Embedding",
+    "Given",
     "LayerNorm",
     "Linear",
     "Normal",

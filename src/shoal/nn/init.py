@@ -7,7 +7,7 @@ an error. Normals come from Box and Muller's transform, computed on the CPU so t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -38,7 +38,14 @@ class Constant:
     value: float
 
 
-Distribution = Normal | Uniform | Constant
+@dataclass(frozen=True)
+class Given:
+    """Whatever this makes of the parameter's name and a run's seed."""
+
+    values: Callable[[str, int], Tensor]
+
+
+Distribution = Normal | Uniform | Constant | Given
 
 
 @torch.no_grad()
@@ -55,6 +62,10 @@ def _fill(parameter: Tensor, name: str, rule: Distribution, seeds: Tensor, piece
         parameter.fill_(rule.value)
         return
     rows = parameter.view(len(seeds), -1)
+    if isinstance(rule, Given):
+        for row, seed in zip(rows, seeds.tolist(), strict=True):
+            row.copy_(rule.values(name, seed).flatten())
+        return
     num_values = rows.shape[1]
     keys = rng.key(seeds, f"init {name}")
     scale = torch.tensor(rule.std if isinstance(rule, Normal) else rule.bound).expand(len(seeds)).view(-1, 1)

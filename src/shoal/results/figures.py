@@ -64,6 +64,9 @@ class Figure:
         text = sink.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r' d="[^"]+"', _shorter, text)
+        text = re.sub(r"<!--.*?-->|<g id=\"[^\"]+\"/>", "", text, flags=re.S)  # a text's letters again; what draws nothing
+        text = re.sub(r' transform="translate\((\S+) 0\)"/>', lambda x: f' x="{float(x[1]):.0f}"/>', text)  # letters, in hundredths of their size
+        text = re.sub(r' [xy]="\d+\.\d+"', lambda x: f'{x[0][:4]}{float(x[0][4:-1]):.2f}"', text)
         text = re.sub(r"\n\s+", "\n", text.replace("DejaVuSans-", "g"))
         text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>f{crc32(self.name.encode()):08x}", text)
         return re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.S).replace("<svg ", '<svg stroke-linejoin="round" stroke-linecap="butt" ', 1)
@@ -125,17 +128,17 @@ def curves(
         points = int(np.clip(BUDGET / (3 * lines + num_single), 25, POINTS))
         for axis, (values, part) in zip(axes, panels, strict=False):
             if len(shown) > 1:
-                pieces = [(metric, part, *_named(metric)) for metric in shown]
+                pieces = [(metric, part, *named) for metric, named in zip(shown, _distinct(shown), strict=True)]
                 count = plural(len(part), "run")
                 axis.set_title(fill(f"{setting(values)} (n = {len(part)})", 96 // columns) if values else count)
             else:
                 pieces = [
                     (shown[0], some, f"{setting(v) or _named(shown[0])[0]} (n = {len(some)})", colour)
-                    for (v, some), colour in zip(groups, _colours(len(groups)), strict=True)
+                    for (v, some), colour in zip(groups, colours(len(groups)), strict=True)
                 ]
             for metric, some, label, colour in pieces:
                 _lines(axis, some, metric, label, colour, log, points, bands, num_single > 0)
-            _scales(axis, log, logy, shown)
+            scales(axis, log, logy, shown)
             if threshold is not None:
                 axis.axhline(threshold, color=MUTED, linewidth=0.9, dashes=(4, 3), zorder=1.5)
                 axis.text(1.01, threshold, number(threshold), transform=axis.get_yaxis_transform(), color=MUTED, fontsize=8, va="center")
@@ -143,7 +146,7 @@ def curves(
             axis.set_xlabel("steps" if i >= len(panels) - columns else "")
             axis.set_ylabel((ylabel or _common(shown)) if i % columns == 0 else "")
             axis.tick_params(labelbottom=i >= len(panels) - columns)
-        _legend(drawing, axes[0])
+        legend(drawing, axes[0])
         if len(shown) > 1 and len(groups) > len(panels):
             drawing.supxlabel(f"the first {len(panels)} of {len(groups)} settings", fontsize=8.5, color=MUTED)
         return drawing
@@ -151,7 +154,7 @@ def curves(
     default = (
         f"Median over runs (line) and range (band: all runs up to {SINGLE_RUNS} a group, 10 to 90 % of them above); a run that ended keeps its last value."
     )
-    return Figure(name or _slug(*wanted, *by), draw, default if caption is None else caption)
+    return Figure(name or slug(*wanted, *by), draw, default if caption is None else caption)
 
 
 def survival(
@@ -168,7 +171,7 @@ def survival(
         last = max(float(times.max()) for _, times, _ in timed)
         first = min([float(t) for _, times, observed in timed for t in times[observed & (times > 0)]], default=last / 10 or 1.0)
         log = logx and last > 0
-        for (values, times, observed), colour in zip(timed, _colours(len(groups)), strict=True):
+        for (values, times, observed), colour in zip(timed, colours(len(groups)), strict=True):
             t, share, low, high = kaplan_meier(times, observed)
             estimate = survival_median(times, observed)
             median = number(estimate.value) if math.isfinite(estimate.value) else "not reached"
@@ -180,17 +183,17 @@ def survival(
             axis.step(t, share, where="post", color=colour, label=f"{setting(values) or 'all runs'}: {int(observed.sum())} of {len(times)}, median {median}")
             seen = np.unique(np.maximum(times[~observed], first / 2 if log else 0))
             axis.plot(seen, share[np.searchsorted(t[:-1], seen, side="right") - 1], linestyle="", marker="|", markersize=8, color=colour)
-        _scales(axis, log, False, ["share"])
+        scales(axis, log, False, ["share"])
         axis.set_xlim(first * 0.8 if log else 0, max(last, 1.0) * (1.08 if log else 1.02))
         axis.set_xlabel("steps")
         axis.set_ylabel(f"share of runs not yet at {number(threshold)}")
-        _legend(drawing, axis)
+        legend(drawing, axis)
         return drawing
 
     default = (
         f"Runs not yet at {metric} {'≤' if lower_is_better(metric) else '≥'} {number(threshold)} (Kaplan-Meier, 95 % band); | marks runs last seen without it."
     )
-    return Figure(name or _slug("survival", metric, *by), draw, default if caption is None else caption)
+    return Figure(name or slug("survival", metric, *by), draw, default if caption is None else caption)
 
 
 def dots(metric: str, *, by: Sequence[str] = (), which: str = "final", name: str | None = None, caption: str | None = None) -> Figure:
@@ -207,7 +210,7 @@ def dots(metric: str, *, by: Sequence[str] = (), which: str = "final", name: str
         for place, (_, _, x) in enumerate(groups):
             shown = np.sort(x)[::one_in]
             axis.plot(
-                shown, place + _pile(shown / max(np.ptp(every), 1e-12)), linestyle="", marker="o", markersize=4.5, color=VAL, alpha=0.55, markeredgewidth=0
+                shown, place + pile(shown / max(np.ptp(every), 1e-12)), linestyle="", marker="o", markersize=4.5, color=VAL, alpha=0.55, markeredgewidth=0
             )
             axis.plot([np.median(x)] * 2, [place - 0.34, place + 0.34], color=TRAIN, linewidth=2.2, label="median" if place == 0 else None)
         labels = [f"{setting(values) or 'all runs'}  (n = {len(x)}{f' of {len(part)}' if len(part) > len(x) else ''})" for values, part, x in groups]
@@ -215,10 +218,10 @@ def dots(metric: str, *, by: Sequence[str] = (), which: str = "final", name: str
         axis.set_ylim(len(groups) - 0.4, -0.6)
         axis.grid(axis="y", visible=False)
         axis.set_xlabel(f"{which} {metric}" + (f" (one dot in {one_in} shown)" if one_in > 1 else ""))
-        _legend(drawing, axis)
+        legend(drawing, axis)
         return drawing
 
-    return Figure(name or _slug("dots", metric, *by), draw, f"Each dot is one run's {which} {metric}." if caption is None else caption)
+    return Figure(name or slug("dots", metric, *by), draw, f"Each dot is one run's {which} {metric}." if caption is None else caption)
 
 
 def _lines(axis: Axes, rows: Rows, metric: str, label: str, colour: Any, logx: bool, points: int, band: bool, single: bool) -> None:
@@ -262,7 +265,7 @@ def _thin(steps: NDArray[np.int64], points: int, logx: bool) -> NDArray[np.int64
     return np.unique(np.append(steps[np.searchsorted(steps, ideal).clip(max=steps.size - 1)], steps[[0, -1]]))
 
 
-def _pile(x: NDArray[np.float64]) -> NDArray[np.float64]:
+def pile(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Heights that keep dots of nearly the same value apart: 0, +1, -1, +2, ... steps, scaled to stay within the line."""
     heights, order = np.zeros(x.size), np.argsort(x, kind="stable")
     rank = 0
@@ -272,7 +275,7 @@ def _pile(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return heights * min(0.09, 0.32 / max(np.abs(heights).max(initial=1), 1))
 
 
-def _scales(axis: Axes, logx: bool, logy: bool, shown: Sequence[str]) -> None:
+def scales(axis: Axes, logx: bool, logy: bool, shown: Sequence[str]) -> None:
     if logx:
         axis.set_xscale("log")
         low, high = axis.get_xlim()
@@ -280,19 +283,19 @@ def _scales(axis: Axes, logx: bool, logy: bool, shown: Sequence[str]) -> None:
         axis.xaxis.set_minor_locator(NullLocator())
     else:
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
     if logy:
         axis.set_yscale("log")
         low, high = axis.get_ylim()
         axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 30 else (1.0, 2.0, 5.0)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
         axis.yaxis.set_minor_locator(NullLocator())
-    elif all(name.endswith(("accuracy", "exact", "share")) for name in shown):
+    elif all(name.endswith(("accuracy", "exact", "share", "zero_loss", "collapse")) for name in shown):
         axis.set_ylim(-0.02, 1.04)
         axis.set_yticks(np.linspace(0, 1, 6))
 
 
-def _legend(drawing: Drawing, axis: Axes) -> None:
+def legend(drawing: Drawing, axis: Axes) -> None:
     """Above the axes, where there are no data; past the first line the drawing grows by what it takes."""
     handles, labels = axis.get_legend_handles_labels()
     columns = max(1, min(len(labels), 105 // (max(map(len, labels), default=1) + 8)))
@@ -300,7 +303,7 @@ def _legend(drawing: Drawing, axis: Axes) -> None:
     drawing.set_figheight(drawing.get_figheight() + 0.19 * (math.ceil(len(labels) / columns) - 1))
 
 
-def _colours(count: int) -> list[Any]:
+def colours(count: int) -> list[Any]:
     """The house colours; more than eight groups get an even, ordered scale instead."""
     return list(PALETTE[:count]) if count <= len(PALETTE) else list(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, count)))
 
@@ -310,17 +313,28 @@ def _named(metric: str) -> tuple[str, str]:
     return SPLITS.get(split, (split or metric, PALETTE[4])) if rest else (metric, VAL)
 
 
+def _distinct(metrics: Sequence[str]) -> list[tuple[str, str]]:
+    """As ``_named``; what would look like one before it takes the next free colour, and its whole name if need be."""
+    found: list[tuple[str, str]] = []
+    for metric in metrics:
+        label, colour = _named(metric)
+        labels, used = [name for name, _ in found], [shade for _, shade in found]
+        free = next((shade for shade in PALETTE if shade not in used), colour)
+        found.append((metric if label in labels else label, free if colour in used else colour))
+    return found
+
+
 def _common(metrics: Sequence[str]) -> str:
     names = {metric.rsplit("/", 1)[-1] for metric in metrics}
     return names.pop().replace("_", " ") if len(names) == 1 else "value"
 
 
-def _short(x: float) -> str:
+def short(x: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(x) >= size:
             return f"{x / size:g}{letter}"
     return f"{x:g}"
 
 
-def _slug(*parts: str) -> str:
+def slug(*parts: str) -> str:
     return "-".join(re.sub(r"\W+", "-", part) for part in parts)

@@ -8,9 +8,8 @@ Works at any time, also on an unfinished study, and says so; what is missing is 
 from __future__ import annotations
 
 import functools
-import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from shoal.results.claims import Claim, judge
 from shoal.results.figures import Figure
 from shoal.results.rows import Rows
 from shoal.results.store import Store, write_atomic, write_json
-from shoal.results.wording import NOTHING, duration, interval, magnitude, number
+from shoal.results.wording import duration, interval, magnitude, number
 
-APART = ("study", "question", "config", "settings", "claims", "figures", "command", "preset")  # of study.yaml, told in their own places
+APART = ("study", "question", "config", "settings", "claims", "tables", "figures", "command", "preset")  # of study.yaml, told in their own places
 
 
 def write_report(
@@ -34,6 +33,7 @@ def write_report(
     claims: Sequence[Claim] = (),
     main_metric: str = "val/accuracy",
     notes: str | Sequence[str] = (),
+    own_tables: Sequence[tables.Table] = (),
 ) -> Path:
     """Write all derived files into the study's directory. Returns the path of report.html."""
     rows, fleets = store.rows(), store.fleets()
@@ -62,9 +62,11 @@ def write_report(
         "main": tables.main_key(main_metric)[1],
         "results": [(line, tables.bar(line["mean"], span)) for line in table],
         "span": span,
+        "tables": [tables.own(one, rows) for one in own_tables],
         "figures": drawn,
         "measures": tables.measures(rows),
         "setup": tables.setup(rows),
+        "changes": tables.changes(rows),
         "data": tables.data(rows),
         "cost": tables.cost(rows, fleets),
         "environment": list(tables.flat({key: value for key, value in store.record.items() if key not in APART}).items()),
@@ -115,15 +117,9 @@ def _environment(html: bool) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "duration": duration, "magnitude": magnitude, "cell": _cell, "estimate": _estimate}
+    environment.filters |= {"number": number, "duration": duration, "magnitude": magnitude, "cell": _cell, "estimate": tables.bounds}
     environment.globals |= {"interval": interval, "status_words": tables.STATUS_WORDS}
     return environment
-
-
-def _estimate(estimate: Any) -> str:
-    """[low, high], or a dash where nothing bounds the value (times are above 0 anyway)."""
-    low, high = estimate["interval"] if isinstance(estimate, Mapping) else (estimate.low, estimate.high)
-    return NOTHING if low in (-math.inf, 0) and high == math.inf else interval(low, high)
 
 
 def _cell(text: Any) -> str:

@@ -26,9 +26,9 @@ OWN_KEYS = ("id", "fleet", "status", "steps", "seconds", "parameters", "flops", 
 
 
 def lower_is_better(metric: str) -> bool | None:
-    """True for losses, False for accuracies; None where neither end is good (gradient norms, learning rates)."""
+    """True for losses, False for accuracies; None where neither end is good (norms, learning rates, what a number format loses)."""
     name = metric.rsplit("/", 1)[-1]
-    return None if name in ("grad_norm", "learning_rate") else name.endswith(("loss", "perplexity"))
+    return None if name in ("grad_norm", "learning_rate", "norm", "zero_loss", "collapse") else name.endswith(("loss", "perplexity"))
 
 
 class Series(NamedTuple):
@@ -182,9 +182,11 @@ class Rows(Sequence[Row]):
         return np.array([np.nan if v is None else v for v in values]) if values else np.zeros(0)
 
     def values(self, name: str) -> list[Any]:
-        """Sorted distinct values (None first)."""
+        """Sorted distinct values (None first); names of variants as they come, since the study gave them in its order."""
         self._check(name)
         distinct = {repr(_comparable(value)): value for value in (row.get(name) for row in self._rows)}
+        if name == "variant":
+            return list(distinct.values())
         return sorted(distinct.values(), key=lambda v: (v is not None, isinstance(v, str), v if isinstance(v, (int, float)) else 0, str(v)))
 
     def groups(self, paths: Sequence[str]) -> list[tuple[dict[str, Any], Rows]]:

@@ -184,7 +184,7 @@ class Store:
             if [run["id"] for run in there["runs"]] != [run["id"] for run in record["runs"]]:
                 raise ConfigError("out", f"{path} was written for other runs; choose another --out")
             return there
-        written = {"id": fleet, "order": len(list(self.directory.glob("fleets/*/fleet.json"))), **plain(record)}
+        written = {"id": fleet, "order": [len(list(self.directory.glob("fleets/*/fleet.json")))], **plain(record)}
         write_json(path, written)
         return written
 
@@ -218,12 +218,12 @@ class Store:
         write_json(self.fleet_directory(fleet) / "done", outcome)
 
     def fleets(self) -> list[dict[str, Any]]:
-        """Every fleet's record in the order of their start, with "done" (its outcome, or None while unfinished) and "parts"."""
+        """Every fleet's record in the order of their plan, with "done" (its outcome, or None while unfinished) and "parts"."""
         records = []
         for path in self.directory.glob("fleets/*/fleet.json"):
             done = path.with_name("done")
             records.append(read_json(path) | {"done": read_json(done) if done.exists() else None, "parts": len(self._parts(path.parent.name))})
-        return sorted(records, key=lambda record: (record.get("order", 0), record["id"]))
+        return sorted(records, key=lambda record: (record["order"], record["id"]))
 
     # Measures: what is looked at after training
 
@@ -252,4 +252,6 @@ class Store:
                 own |= {"parameters": model["parameters"]} if "parameters" in model else {}
                 own |= {f"flops.{part}": count for part, count in flops.items()} if isinstance(flops, dict) else {"flops": flops}
                 rows.append(Row(own, run["config"], metrics, i, partial(self.measures, run["id"])))
-        return Rows(rows)
+        names = (self.record.get("config") or {}).get("variant")
+        order = {name: place for place, name in enumerate(names)} if isinstance(names, list) else {}
+        return Rows(sorted(rows, key=lambda row: order.get(row.get("variant"), len(order))))  # variants as the study gives them, whatever their fleets

@@ -8,23 +8,37 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from shoal.results import statistics
 from shoal.results.claims import Verdict
-from shoal.results.rows import OWN_KEYS, Row, Rows, lower_is_better
+from shoal.results.rows import Row, Rows, lower_is_better, row_key
 from shoal.results.statistics import Estimate
 from shoal.results.wording import NOTHING, duration, interval, listing, magnitude, number, plural, setting
+
+
+@dataclass(frozen=True)
+class Table:
+    """A study's own table: a function of rows, like a figure. A cell is text, a number, None (nothing) or an Estimate (its value above its interval)."""
+
+    name: str
+    make: Callable[[Rows], Sequence[Mapping[str, Any]]]  # one mapping a line, column -> cell
+    caption: str = ""
+
 
 SHOWN = 40  # lines of a measure or of varying data shown in a report; the files hold all
 
 
 def settings(rows: Rows) -> list[str]:
-    """The paths that make the settings of a study: what differs, without the seeds."""
-    return [path for path in rows.differing() if not path.startswith("seeds.")]
+    """The paths that make the settings of a study: what differs, without the seeds; with variants their name, and what differs within one."""
+    if "variant" in (paths := rows.differing()):
+        inside = {path for _, part in rows.groups(["variant"]) for path in part.differing()}
+        paths = ["variant", *(path for path in paths if path in inside)]
+    return [path for path in paths if not path.startswith("seeds.")]
 
 
 def main_key(main_metric: str) -> tuple[str, str]:
@@ -36,7 +50,7 @@ def main_key(main_metric: str) -> tuple[str, str]:
 def possible(metric: str) -> tuple[float, float]:
     """The values a metric can have at all; intervals are cut to them."""
     name = metric.rsplit("/", 1)[-1]
-    return (0.0, 1.0) if name.endswith(("accuracy", "exact")) else (0.0, math.inf) if lower_is_better(name) else (-math.inf, math.inf)
+    return (0.0, 1.0) if name.endswith(("accuracy", "exact", "zero_loss", "collapse")) else (0.0, math.inf) if lower_is_better(name) else (-math.inf, math.inf)
 
 
 def results(rows: Rows, main_metric: str) -> list[dict[str, Any]]:
@@ -55,6 +69,34 @@ def results(rows: Rows, main_metric: str) -> list[dict[str, Any]]:
             line |= {"share": statistics.proportion(int(observed.sum()), len(part)), "time": statistics.survival_median(times, observed)}
         table.append(line)
     return table
+
+
+def own(table: Table, rows: Rows) -> dict[str, Any]:
+    """A study's own table: "names" of columns, "lines" of cells, each a (text, interval or ""); or the "error": like a figure it must cost nothing else."""
+    content: dict[str, Any] = {"name": table.name, "caption": table.caption, "names": [], "lines": [], "error": None}
+    try:
+        lines = table.make(rows)
+        names = list(dict.fromkeys(name for line in lines for name in line))
+        return content | {"names": names, "lines": [[_pair(line.get(name)) for name in names] for line in lines]}
+    except Exception as error:
+        return content | {"error": f"{type(error).__name__}: {error}"}
+
+
+def _pair(value: Any) -> tuple[str, str]:
+    if not isinstance(value, Estimate):
+        return _cell(value), ""
+    text = number(value.value)
+    if value.n and value.kind == "proportion":
+        text = f"{round(value.value * value.n)} of {value.n}"
+    elif value.kind == "survival median" and value.value == math.inf:
+        text = "not reached"
+    return text, bounds(value) if value.n and bounds(value) != NOTHING else ""
+
+
+def bounds(estimate: Estimate | Verdict) -> str:
+    """[low, high], or a dash where nothing bounds the value (times are above 0 anyway)."""
+    low, high = (estimate.low, estimate.high) if isinstance(estimate, Estimate) else estimate["interval"]
+    return NOTHING if low in (-math.inf, 0) and high == math.inf else interval(low, high)
 
 
 def stop_rule(row: Row) -> str:
@@ -119,18 +161,38 @@ def _reaching(line: Mapping[str, Any]) -> str:
 
 
 def setup(rows: Rows) -> list[dict[str, Any]]:
-    """Every hyperparameter, the defaulted ones too: sections of {"path", "name", "values" (text), "differs"}."""
-    paths = list(dict.fromkeys(path for row in rows for path in row.config))
+    """Every hyperparameter, the defaulted ones too: sections of {"path", "name", "values" (text), "differs"}. With variants those of the first."""
+    rows = _variants(rows)[0][1]
     differing = set(rows.differing())
     sections: dict[str, list[dict[str, Any]]] = {}
-    for path in paths:
+    for path in dict.fromkeys(path for row in rows for path in row.config):
         head, _, rest = path.partition(".")
-        key = f"config.{path}" if path in OWN_KEYS else path
-        values = rows.values(key)
-        line = {"path": path, "name": rest or head, "values": _compact(values), "differs": key in differing}
+        key = row_key(path)
+        line = {"path": path, "name": rest or head, "values": _compact(rows.values(key)), "differs": key in differing}
         sections.setdefault(head if rest else "training", []).append(line)
-    order = [name for name in ("task", "model", "optimizer", "schedule", "training", "seeds") if name in sections]
+    order = [name for name in ("task", "model", "optimizer", "gradient", "weights", "schedule", "training", "seeds") if name in sections]
     return [{"name": name, "lines": sections[name]} for name in [*order, *(name for name in sections if name not in order)]]
+
+
+def changes(rows: Rows) -> list[tuple[str, str]]:
+    """Per variant after the first: its name, and what it changes of the first (text)."""
+    (_, first), *others = _variants(rows)
+    usual = {path: first.values(path) for path in _paths(first)}
+    out = []
+    for name, part in others:
+        told = [path for path in _paths(part) if path != "variant" and not path.startswith("seeds.")]
+        own = {path: _compact(part.values(path)) for path in told if part.values(path) != usual.get(path)}
+        out.append((name, setting(own) or "nothing"))
+    return out
+
+
+def _paths(rows: Rows) -> list[str]:
+    return [row_key(path) for path in dict.fromkeys(path for row in rows for path in row.config)]
+
+
+def _variants(rows: Rows) -> list[tuple[str, Rows]]:
+    """The variants in the study's order; all rows as one where there are none."""
+    return [(values["variant"], part) for values, part in rows.groups(["variant"])] if "variant" in rows.differing() else [("", rows)]
 
 
 def _compact(values: Sequence[Any]) -> str:

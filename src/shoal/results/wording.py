@@ -46,10 +46,12 @@ def duration(seconds: float | None) -> str:
 
 
 def setting(values: Mapping[str, Any]) -> str:
-    """{"optimizer.wd": 1.0, "task.p": 97} -> "wd = 1, p = 97"; a name two paths end in is written in full."""
+    """{"optimizer.wd": 1.0, "task.p": 97} -> "wd = 1, p = 97"; a name two paths end in is written in full; a variant's name stands for itself."""
     last = [path.rsplit(".", 1)[-1] for path in values]
     names = [path if short == "type" or last.count(short) > 1 else short for path, short in zip(values, last, strict=True)]
-    return ", ".join(f"{name.removesuffix('.type')} = {number(value)}" for name, value in zip(names, values.values(), strict=True))
+    return ", ".join(
+        number(value) if name == "variant" else f"{name.removesuffix('.type')} = {number(value)}" for name, value in zip(names, values.values(), strict=True)
+    )
 
 
 def plural(count: int, noun: str) -> str:

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 
 from shoal import tasks
-from shoal.config import RunConfig, StudyConfig, flatten, run_id
+from shoal.config import ModuleConfig, RunConfig, StudyConfig, flatten, run_id
 from shoal.config.fields import ConfigError, check
 from shoal.config.load import structure, unstructure
 from shoal.inference.evaluate import tables_of
+from shoal.models.module import failed
 from shoal.results import claims
 from shoal.results.figures import curves
 from shoal.results.report import write_report
@@ -39,8 +40,10 @@ from shoal.results.wording import plural
 from shoal.studies import STUDIES
 from shoal.studies.progress import FleetProgress
 from shoal.studies.study import Study
+from shoal.studies.workers import together
 from shoal.train import checkpoint
 from shoal.train.fleet import Fleet, Table, joined
+from shoal.train.interventions import idle
 from shoal.train.plan import fleet_id, plan, validate
 from shoal.train.run import Run
 
@@ -69,13 +72,17 @@ class Result:
 
 def run(
     study: Study, out: str | Path, *, device: str = "auto", preset: str | None = None, progress: bool = True,
-    max_runs_per_fleet: int | None = None, compile: str = "auto", command: str | None = None,
+    max_runs_per_fleet: int | None = None, compile: str = "auto", workers: int = 1, command: str | None = None,
 ) -> Result:  # fmt: skip
-    """Everything the study wants that is not there yet, then its report. ``command``: how a reader repeats this, for the report."""
+    """Everything the study wants that is not there yet, then its report. ``command``: how a reader repeats this, for the report.
+
+    ``workers``: so many fleets at once, each in a process of its own (a script must then call this under ``if __name__ == "__main__":``).
+    """
     device = find_device(device)
     check(compile in COMPILE, "compile", f"{compile!r} is not one of {', '.join(COMPILE)}")
     largest = LARGEST_FLEET if max_runs_per_fleet is None else max_runs_per_fleet
     check(largest >= 1, "max_runs_per_fleet", f"must be 1 or more, not {largest}")
+    check(workers >= 1, "workers", f"must be 1 or more, not {workers}")
     new = _wanted(study, Rows())
     check(bool(new), "study", f"{study.name} wants no runs; give at least one seed and one value for every grid field")
     notes = _check(study, new.values())
@@ -90,8 +97,15 @@ def run(
             begun = f", {'all' if there == len(new) else there} trained already" if there else ""
             for note in (*notes, f"{study.name}: {plural(len(new), 'run')} in {plural(len(groups), 'fleet')} on {device}{begun}; results go to {out}"):
                 shown.note(note)
-            for number, group in enumerate(groups):
-                _complete(store, group, device, COMPILE[compile], shown, f"fleet {number + 1}/{len(groups)}")
+            jobs = [
+                (store.directory, group, device, COMPILE[compile], progress, f"fleet {number + 1}/{len(groups)}", (len(asked), number))
+                for number, group in enumerate(groups)
+            ]
+            if workers > 1 and len(jobs) > 1:
+                together(_complete_apart, jobs, workers, device)
+            else:
+                for _, group, _, compiled, _, name, order in jobs:
+                    _complete(store, group, device, compiled, shown, name, order)
             _measure(store, study, asked)
             # A stage sees the rows of the stages before it and no others, so a resumed study asks for what an uninterrupted one asks for.
             so_far = Rows([row for row in store.rows() if row["id"] in asked])
@@ -177,7 +191,7 @@ def _wanted(study: Study, rows: Rows) -> dict[str, RunConfig]:
 
 def _check(study: Study, runs: Collection[RunConfig]) -> list[str]:
     """Whatever these runs have wrong, found before a file is written; and what a reader should be told about their data."""
-    for config in {(config.task, config.model, config.evaluate, config.stop_metric): config for config in runs}.values():
+    for config in {(c.task, c.model, type(c.optimizer), c.precision, c.evaluate, c.stop_metric): c for c in runs}.values():
         validate(config)
     metrics = list(dict.fromkeys(f"{split}/{metric}" for config in runs for split in config.evaluate for metric in METRICS))
     lead = study.main_metric.removeprefix("final.").removeprefix("best.")
@@ -186,16 +200,14 @@ def _check(study: Study, runs: Collection[RunConfig]) -> list[str]:
         "main_metric",
         f"{study.name} is judged by {lead}, which is not measured; add it to evaluate, or lead with {', '.join(metrics) or 'batch/loss'}",
     )
-    notes = []
+    notes = [f"note: {note}" for note in idle(runs)]
     for config in {(config.task, config.evaluate): config for config in runs}.values():
         task = tasks.build(config.task)
         tables = tables_of(config, task)
         for split in config.evaluate:
             some = any(bool((batch.weights > 0).any()) for batch in task.evaluation(tables, split, 4096))
-            check(some, "evaluate", f"there are no {split} rows; raise task.{split}_fraction, or leave {split} out of evaluate")
-        facts = task.describe(tables, 0)
-        if facts.get("rows dropped"):
-            notes.append(f"note: {facts['rows dropped']} of {facts['rows dropped'] + facts['rows']} rows are left out: {facts['dropped because']}")
+            check(some, "evaluate", f"there are no {split} rows; raise task.{split.partition(':')[0]}_fraction, or leave {split} out of evaluate")
+        notes += [f"note: {note}" for note in task.describe(tables, 0).get("notes", ())]
     return list(dict.fromkeys(notes))
 
 
@@ -203,21 +215,29 @@ def _trained(store: Store) -> set[str]:
     return {entry["id"] for fleet in store.fleets() if fleet["done"] for entry in fleet["runs"]}
 
 
-def _complete(store: Store, group: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str) -> None:
+def _complete_apart(directory: Path, group: Sequence[RunConfig], device: str, compiled: bool | None, progress: bool, name: str, order: tuple[int, ...]) -> None:
+    """In a worker's process."""
+    with FleetProgress(progress, live=False) as shown:
+        _complete(Store.read(directory), group, device, compiled, shown, name, order)
+
+
+def _complete(store: Store, group: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str, order: tuple[int, ...]) -> None:
     """What is missing of a planned fleet: first what was begun of it, perhaps as one of two halves, then what was not."""
     missing = {run_id(config): config for config in group}
-    for fleet in store.fleets():
+    there = [fleet for fleet in store.fleets() if any(entry["id"] in missing for entry in fleet["runs"])]
+    for fleet in there:
         if not fleet["done"] and fleet["runs"][0]["id"] in missing:
             begun = [config_of(entry["config"]) for entry in fleet["runs"]]
-            _train(store, begun, device, compiled, shown, f"{name}, {plural(len(begun), 'run')} (resumed)")
+            _train(store, begun, device, compiled, shown, f"{name}, {plural(len(begun), 'run')} (resumed)", tuple(fleet["order"]))
         for entry in fleet["runs"]:
             missing.pop(entry["id"], None)
     if missing:
-        _train(store, list(missing.values()), device, compiled, shown, f"{name}, {plural(len(missing), 'run')}")
+        order = (*order, len(there)) if there else order
+        _train(store, list(missing.values()), device, compiled, shown, f"{name}, {plural(len(missing), 'run')}", order)
 
 
-def _train(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str) -> None:
-    """One fleet to its end, resumed where it stopped; with too little GPU memory as two of half the size."""
+def _train(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str, order: tuple[int, ...]) -> None:
+    """One fleet to its end, resumed where it stopped; with too little GPU memory as two of half the size. ``order``: its place in reports."""
     identity = fleet_id(runs)
     place = store.fleet_directory(identity) / "checkpoint"
     tables: list[Table] = []
@@ -229,11 +249,11 @@ def _train(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool 
     else:
         begun = _begin(runs, device, compiled)
         if begun is None:
-            return _halve(store, runs, device, compiled, shown, name)
+            return _halve(store, runs, device, compiled, shown, name, order)
         fleet, table = begun
         tables.append(table)
         shutil.rmtree(store.fleet_directory(identity), ignore_errors=True)  # begun before, but without a checkpoint nothing of it can be used
-        store.start_fleet(identity, {"runs": [{"id": run_id(r), "config": flatten(r)} for r in runs], **fleet.record()})
+        store.start_fleet(identity, {"order": order, "runs": [{"id": run_id(r), "config": flatten(r)} for r in runs], **fleet.record()})
     chunk, saved = 1, time.perf_counter()
     with _interruptions() as interrupted:
         while not (fleet.done or interrupted):
@@ -242,6 +262,7 @@ def _train(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool 
             took = time.perf_counter() - began
             chunk = max(1, min(chunk * 2, round(chunk * CHUNK_SECONDS / max(took, 1e-6))))  # results do not depend on it
             shown.update(name, fleet)
+            checkpoint.save_snapshots(fleet, place.parent / checkpoint.SNAPSHOTS)
             if time.perf_counter() - saved > CHECKPOINT_EVERY:
                 _save(store, fleet, identity, place, tables)
                 tables, saved = [], time.perf_counter()
@@ -262,19 +283,21 @@ def _begin(runs: Sequence[RunConfig], device: str, compiled: bool | None) -> tup
         cause: BaseException | None = error  # what ends a capture may fail in its turn and stand before the reason
         while not isinstance(cause, torch.OutOfMemoryError):
             if cause is None:
+                if isinstance(runs[0].model, ModuleConfig):
+                    raise failed(runs[0].model, error) from error
                 raise
             cause = cause.__context__
         return None  # nothing is done about it here: until this returns, the error holds on to the fleet
 
 
-def _halve(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str) -> None:
+def _halve(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str, order: tuple[int, ...]) -> None:
     check(len(runs) > 1, "batch_size", "one run does not fit into the GPU's memory; make the batch smaller or raise accumulate, with another --out")
     shown.note(f"{name}: does not fit into memory; training it as two fleets")
     gc.collect()
     torch.cuda.empty_cache()
     half = len(runs) // 2
     for part, piece in enumerate((runs[:half], runs[half:])):
-        _train(store, piece, device, compiled, shown, f"{name}, part {part + 1}")
+        _train(store, piece, device, compiled, shown, f"{name}, part {part + 1}", (*order, part))
 
 
 @contextmanager
@@ -290,14 +313,15 @@ def _interruptions() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         heard.append(number)
 
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, hear)
+    main = threading.current_thread() is threading.main_thread()
+    ours = [number for number in (signal.SIGINT, signal.SIGTERM) if main and signal.getsignal(number) is signal.default_int_handler]  # SIGTERM in workers
+    for number in ours:
+        signal.signal(number, hear)
     try:
         yield heard
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in ours:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _measure(store: Store, study: Study, asked: Mapping[str, RunConfig]) -> None:
@@ -313,6 +337,7 @@ def _measure(store: Store, study: Study, asked: Mapping[str, RunConfig]) -> None
 
 def _save(store: Store, fleet: Fleet, identity: str, place: Path, tables: list[Table]) -> None:
     """Metrics first, then the checkpoint that counts them: a part written after the last checkpoint is dropped on resume, none is doubled."""
+    checkpoint.save_snapshots(fleet, place.parent / checkpoint.SNAPSHOTS)
     parts = store.append(identity, joined(tables)) if tables else next(fleet["parts"] for fleet in store.fleets() if fleet["id"] == identity)
     checkpoint.save(fleet, place, {"parts": parts})
 
@@ -321,7 +346,7 @@ def _report(store: Store, study: Study) -> Result:
     hashed = {claim["hash"] for claim in store.record.get("claims") or ()}
     changed = [claim.text for claim in study.claims if claims.fingerprint(claim) not in hashed]
     notes = [f"Not as it was hashed before training: {text}" for text in changed]
-    report = write_report(store, study.name, study.question, study.figures, study.claims, study.main_metric, notes)
+    report = write_report(store, study.name, study.question, study.figures, study.claims, study.main_metric, notes, study.tables)
     rows = store.rows()
     return Result(store.directory, rows, [dict(claims.judge(claim, rows)) for claim in study.claims], report)
 
@@ -356,6 +381,7 @@ def _record(study: Study, wanted: Sequence[RunConfig], device: str, preset: str 
         "settings": unstructure(study.config) if study.config else None,
         "claims": claims.record(study.claims),
         "figures": [figure.name for figure in study.figures],
+        "tables": [table.name for table in study.tables],
         "versions": versions | {"python": sys.version.split()[0]},
         "device": hardware,
         "git": _git_state(),

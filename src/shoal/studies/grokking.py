@@ -5,34 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from shoal.config import Adam, AdamW, DecoderConfig, EmbeddingMLPConfig, ModularConfig, Muon, RunConfig, Schedule, StudyConfig
+from shoal.config import Adam, AdamW, EmbeddingMLPConfig, Muon, Schedule, StudyConfig
 from shoal.results.claims import Claim, Sample
 from shoal.results.figures import curves, survival
 from shoal.results.rows import Rows
+from shoal.studies.shared import GROKKED, delay, paper_run
 from shoal.studies.study import Study, about, cells
-
-THRESHOLD = 0.99
 
 
 def paper() -> StudyConfig:
     """Power et al. 2022 (arXiv 2201.02177), sections 3.2 and 3.3: AdamW with weight decay 1, their architecture and initialisation (openai/grok)."""
-    steps = 100_000
-    run = RunConfig(
-        task=ModularConfig(p=97, operation="div", train_fraction=0.5, val_fraction=0.5, test_fraction=0.0),
-        model=DecoderConfig(
-            width=128, num_layers=2, num_heads=4, feed_forward=512, activation="relu", norm="layer", norm_place="post",
-            positions="sinusoidal", bias=False, embedding_std=1.0, linear_init="uniform",
-        ),
-        optimizer=AdamW(lr=1e-3, wd=1.0, beta2=0.98),
-        schedule=Schedule(warmup=10 / steps),
-        steps=steps,
-        batch_size=512,
-        stop_metric="val/accuracy",
-        stop_at=THRESHOLD,
-    )  # fmt: skip
-    return StudyConfig(run=run, seeds=16)
+    return StudyConfig(run=paper_run(), seeds=16)
 
 
 def fig1() -> StudyConfig:
@@ -74,23 +57,20 @@ DEFAULT = ("fast", "paper")
 
 def _claims(config: StudyConfig, cell: dict[str, Any]) -> list[Claim]:
     def reached(rows: Rows) -> Sample:
-        return Sample(rows.where(cell).reached("val/accuracy", THRESHOLD)[1], kind="proportion")
+        return Sample(rows.where(cell).reached("val/accuracy", GROKKED)[1], kind="proportion")
 
     def final(rows: Rows) -> Sample:
         return Sample(rows.where(cell).column("final.val/accuracy"), bounds=(0, 1))
 
-    def delay(rows: Rows) -> Sample:
-        """Steps from 99 % of the training rows to 99 % of the others; censored where the second never came."""
-        learned, _ = rows.where(cell).reached("train/accuracy", THRESHOLD, sustained=1)
-        known, observed = rows.where(cell).reached("val/accuracy", THRESHOLD)
-        return Sample(np.maximum(known - learned, 0.0), observed=observed, kind="survival")
+    def delayed(rows: Rows) -> Sample:
+        return delay(rows.where(cell))
 
     steps = cell.get("config.steps", config.run.steps)
     return [
         Claim(about(f"More than half of all seeds know 99 % of the unseen rows within {steps:,} steps.", cell, ["config.steps"]), reached, (0.5, 1.0)),
-        Claim(about("At the end the mean accuracy on unseen rows is above 99 %.", cell), final, (THRESHOLD, 1.0)),
+        Claim(about("At the end the mean accuracy on unseen rows is above 99 %.", cell), final, (GROKKED, 1.0)),
         Claim(
-            about("From 99 % of the training rows to 99 % of the unseen ones it takes at least 100 steps, in the median.", cell), delay, (100.0, float("inf"))
+            about("From 99 % of the training rows to 99 % of the unseen ones it takes at least 100 steps, in the median.", cell), delayed, (100.0, float("inf"))
         ),
     ]
 
@@ -104,9 +84,9 @@ def study(config: StudyConfig) -> Study:
         config=config,
         wanted=lambda rows: config.runs(),
         figures=[
-            curves(["train/accuracy", "val/accuracy"], by=by, logx=True, threshold=THRESHOLD),
+            curves(["train/accuracy", "val/accuracy"], by=by, logx=True, threshold=GROKKED),
             curves(["train/loss", "val/loss"], by=by, logx=True, logy=True),
-            survival("val/accuracy", THRESHOLD, by=by),
+            survival("val/accuracy", GROKKED, by=by),
         ],
         claims=[claim for cell in cells(config) for claim in _claims(config, cell)],
     )

@@ -21,9 +21,10 @@ PLAIN_AFTER, PLAIN_EVERY = 3.0, 10.0  # seconds of a fleet before its first plai
 class FleetProgress:
     """``with FleetProgress(True) as progress: progress.update("fleet 1/2, 4 runs", fleet)``"""
 
-    def __init__(self, shown: bool) -> None:
+    def __init__(self, shown: bool, live: bool = True) -> None:
+        """``live`` False: plain lines even in a terminal, where several processes write."""
         console = Console(stderr=True)
-        self.shown, self.live = shown, shown and console.is_terminal
+        self.shown, self.live = shown, shown and live and console.is_terminal
         self.bars: dict[str, TaskID] = {}
         self.began: dict[str, tuple[float, int]] = {}  # name -> when it was first seen, and at which step
         self.next = 0.0

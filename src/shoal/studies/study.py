@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from shoal.config.load import override
 from shoal.results.claims import Claim
 from shoal.results.figures import Figure
 from shoal.results.rows import Rows, row_key
+from shoal.results.tables import Table
 from shoal.results.wording import setting
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Study:
     wanted: Wanted  # pure; called with all rows so far until it asks for nothing new
     measures: Mapping[str, Callable[[Run], list[dict[str, Any]]]] = field(default_factory=dict)  # after training: samples, lengths, maps
     figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
     claims: Sequence[Claim] = ()
     config: StudyConfig | None = None  # the fields it was made from, where it has any: `shoal report` makes it again from them
 
@@ -42,9 +43,8 @@ def grid(run: RunConfig, values: Mapping[str, Sequence[Any]] | None = None, *, s
 
 
 def cells(config: StudyConfig) -> list[dict[str, Any]]:
-    """Every combination of the grid's values, as conditions for ``Rows.where``; ``[{}]`` without a grid."""
-    paths = [row_key(path) for path in config.grid]
-    return [dict(zip(paths, values, strict=True)) for values in itertools.product(*config.grid.values())]
+    """Every variant with every combination of the grid's values, as conditions for ``Rows.where``; ``[{}]`` without either."""
+    return [{row_key(path): value for path, value in told.items()} for told, _ in config.settings()]
 
 
 def about(text: str, cell: Mapping[str, Any], told: Sequence[str] = ()) -> str:

@@ -3,6 +3,7 @@
 checkpoint/model.safetensors      every run as born: name -> [R, ...]
 checkpoint/optimizer.safetensors  the runs still in the fleet: "<moment>/<group>" -> [R', ...]
 checkpoint/fleet.json             step, who is present, statuses, what the caller adds
+snapshots/00001000.safetensors    every run as it was after so many updates, where RunConfig.snapshots asks for it
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,12 @@ from torch import Tensor
 
 from shoal import models, tasks
 from shoal.config import RunConfig
-from shoal.config.fields import ConfigError
-from shoal.train.fleet import Fleet
+from shoal.config.fields import ConfigError, check
+from shoal.train.fleet import RUNNING, Fleet
 from shoal.train.layout import Layout
 from shoal.train.run import Run
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "fleet.json"
+MODEL, OPTIMIZER, STATE, SNAPSHOTS = "model.safetensors", "optimizer.safetensors", "fleet.json", "snapshots"
 
 
 def save(fleet: Fleet, directory: Path, extra: dict[str, Any]) -> None:
@@ -35,11 +38,7 @@ def save(fleet: Fleet, directory: Path, extra: dict[str, Any]) -> None:
     new, old = directory.with_name(directory.name + ".new"), directory.with_name(directory.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    flat = torch.zeros(len(fleet.runs), fleet.layout.size)
-    flat[fleet.present] = fleet.flat.cpu()
-    for run, (parameters, _, _) in fleet.departed.items():
-        flat[run] = parameters
-    save_file({name: view.contiguous() for name, view in fleet.layout.views(flat).items()}, new / MODEL)
+    save_file({name: view.contiguous() for name, view in fleet.layout.views(fleet.everyone()).items()}, new / MODEL)
     moments = {f"{moment}/{group}": x.contiguous() for moment, tensors in fleet.state.items() for group, x in tensors.items()}
     save_file(moments, new / OPTIMIZER)
     state = {
@@ -65,6 +64,16 @@ def save(fleet: Fleet, directory: Path, extra: dict[str, Any]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def save_snapshots(fleet: Fleet, directory: Path) -> None:
+    """Write what the fleet has kept since the last call, one file a step: snapshots/00001000.safetensors, as MODEL."""
+    for step in list(fleet.snapshots):
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"{step:08d}.safetensors"
+        new = path.with_suffix(".new")
+        save_file({name: view.contiguous() for name, view in fleet.layout.views(fleet.snapshots.pop(step)).items()}, new)
+        new.rename(path)
+
+
 def load(runs: Sequence[RunConfig], directory: Path, device: str | torch.device) -> tuple[Fleet, dict[str, Any]]:
     """The fleet as saved, and ``extra``."""
     directory = _existing(directory)
@@ -75,6 +84,7 @@ def load(runs: Sequence[RunConfig], directory: Path, device: str | torch.device)
     fleet.present = state["present"]
     layout = fleet.layout_of()
     parameters = _read(directory / MODEL)
+    _check_fit(parameters, layout, 1, directory / MODEL)
     flat = layout.pack(parameters, 1)
     fleet.departed = {int(run): (flat[int(run)].clone(), status, ended) for run, (status, ended) in state["departed"].items()}
     fleet.flat = flat[fleet.present].to(fleet.device)
@@ -88,16 +98,36 @@ def load(runs: Sequence[RunConfig], directory: Path, device: str | torch.device)
 
 
 def load_run(config: RunConfig, place: int, directory: Path) -> Run:
-    """Run number ``place`` (as born) of the fleet saved there, by itself, read without its mates."""
-    path = _existing(directory) / MODEL
+    """Run number ``place`` (as born) of the fleet saved there, by itself, read without its mates; with its snapshots, from the directory beside it."""
+    directory = _existing(directory)
+    with _readable(directory / STATE):
+        state = json.loads((directory / STATE).read_text())
+    here = dict(zip(state["present"], zip(state["status"], state["ended"], strict=True), strict=True))
+    status, ended = here[place] if place in here else state["departed"][str(place)]
+    made = state["step"] if status == RUNNING else ended
+    files = {int(path.stem): path for path in sorted((directory.parent / SNAPSHOTS).glob("*.safetensors"))}
+    past = {step: partial(_run, config, place, path) for step, path in files.items() if step <= made}
+    return replace(_run(config, place, directory / MODEL), past=past)
+
+
+def _run(config: RunConfig, place: int, path: Path) -> Run:
     task = tasks.build(config.task)
     with torch.device("meta"):
         model = models.build(config.model, task.vocab_size, task.max_length)
     with _readable(path), safe_open(path, "pt") as file:
         tensors = {name: file.get_slice(name)[place] for name in file.keys()}  # noqa: SIM118
     layout = Layout({name: tuple(p.shape) for name, p in model.named_parameters()}, {"flat": [name for name, _ in model.named_parameters()]})
+    _check_fit(tensors, layout, 0, path)
     layout.bind(model, layout.pack(tensors, 0))
     return Run(config=config, task=task, model=model.requires_grad_(False))
+
+
+def _check_fit(tensors: Mapping[str, Tensor], layout: Layout, lead: int, path: Path) -> None:
+    """A module of the user's own may have been changed since."""
+    shapes = {name: tuple(x.shape[lead:]) for name, x in tensors.items()}
+    others = sorted(name for name in shapes | layout.shapes if shapes.get(name) != layout.shapes.get(name))
+    fix = "bring its code back as it was, or train it again in another directory"
+    check(not others, str(path), f"does not fit the model as it is now ({', '.join(others[:4])}{', ...' if others[4:] else ''} differ); {fix}")
 
 
 def exists(directory: Path) -> bool:

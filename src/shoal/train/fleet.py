@@ -25,8 +25,9 @@ from shoal import models, rng, tasks
 from shoal.config import Muon, RunConfig, fields_per_run
 from shoal.contracts import Batch, Optimizer, State, Sums
 from shoal.nn import initialise
-from shoal.train import optimizers
+from shoal.train import interventions, optimizers
 from shoal.train.capture import Captured
+from shoal.train.interventions import Interventions
 from shoal.train.layout import Layout
 from shoal.train.memory import keep_freed_memory
 from shoal.train.objectives import OBJECTIVES, add, means
@@ -37,7 +38,7 @@ Table = dict[str, np.ndarray]  # "step" and "run" int64 [n], metrics float32 [n]
 RUNNING, FINISHED, COMPLETED, DEAD = range(4)
 STATUS = ("running", "finished", "completed", "dead")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-EVALUATION_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 21}  # tokens of one piece of an evaluation: fits the cache, fills the GPU
+EVALUATION_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 18}  # tokens of one piece of an evaluation: fits the cache, fills the GPU
 COMPACT_EVERY = 10  # evaluations between looks at who has left
 RECOMPILE_WORTH = 20_000  # steps a smaller compiled fleet must still make: compiling takes some 20 s, halving saves a millisecond or two of each
 
@@ -46,7 +47,7 @@ class Fleet:
     runs: list[RunConfig]  # as born; a run's number everywhere is its place here
     present: list[int]  # the runs still in the tensors, in their order along R
     flat: Tensor  # float32 [R, P], all parameters
-    state: State  # the optimizer's
+    state: State  # the optimizer's, and the interventions'
     status: Tensor  # int64 [R], an index into STATUS
     ended: Tensor  # int64 [R], updates made when it stopped running
     hits: Tensor  # int64 [R], evaluations in a row that met the stop rule
@@ -59,11 +60,12 @@ class Fleet:
         self.compile = self.device.type == "cuda" if compile is None else compile
         self.task = tasks.build(self.config.task)
         self.optimizer: Optimizer = optimizers.build(self.config.optimizer)
-        self.step, self.evaluated, self.seconds = 0, -1, 0.0
+        self.step, self.evaluated, self.kept, self.seconds = 0, -1, -1, 0.0
         self.last_step = max(run.steps for run in self.runs)
         self.stops = {run.steps for run in self.runs}
         self.present = list(range(len(self.runs)))
         self.departed: dict[int, tuple[Tensor, int, int]] = {}  # run -> parameters on the CPU, status, ended
+        self.snapshots: dict[int, Tensor] = {}  # step -> parameters then, as everyone() gives them, until whoever writes them takes them away
         self.summary: dict[str, float] = {}  # for a progress line: "finished", "dead", and "median" and "best" of ...
         self.latest = np.full(len(self.runs), np.nan)
         splits = self.config.evaluate
@@ -80,7 +82,7 @@ class Fleet:
         layout.bind(model, flat)
         initialise(model, model.init_rules([run.model for run in fleet.runs]), torch.tensor([run.seeds.init for run in fleet.runs]))
         fleet.flat = flat.to(fleet.device)
-        fleet.state = fleet.optimizer.init(layout_groups(layout, fleet.flat))
+        fleet.state = fleet.optimizer.init(layout_groups(layout, fleet.flat)) | interventions.init(fleet.config, fleet.flat)
         zeros = torch.zeros(count, dtype=torch.int64, device=fleet.device)
         fleet.status, fleet.ended, fleet.hits = zeros, zeros.clone(), zeros.clone()
         fleet.assemble()
@@ -91,8 +93,12 @@ class Fleet:
         runs = [self.runs[r] for r in self.present]
         self.model = self._new_model((len(runs),))
         self.layout = self.layout_of(self.model)
-        self.weights = self.flat if self.config.precision == "float32" else self.flat.to(DTYPES[self.config.precision])  # what the model computes with
+        self.asked = interventions.build(self.runs, self.present, self.device)
+        itself = self.config.precision == "float32" and self.asked.weight_noise is None
+        self.weights = self.flat if itself else self.flat.to(DTYPES[self.config.precision], copy=True)  # what the model computes with
         self.parameters = self.layout.bind(self.model, self.weights)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.to(self.device)
         if getattr(self.model, "rate", None) is not None:
             self.model.rate = self._column("model.dropout")
         self.hyper = {path.rpartition(".")[2]: self._column(path) for path in fields_per_run(self.config) if path.startswith("optimizer.")}
@@ -110,6 +116,7 @@ class Fleet:
             torch.compiler.reset()  # each fleet is its own program; PyTorch keeps only a few versions of one function
         self._objective = self._compiled(OBJECTIVES[self.config.objective])
         self._draw, self._update = self._compiled(self.task.batch), self._compiled(_update)
+        self._disturbed = self._compiled(interventions.disturbed)
         self._captured_step = Captured(self._one_step, self.device, self._quiet)
         self._captured_evaluation = Captured(self._one_evaluation, self.device, self._quiet)
 
@@ -121,10 +128,11 @@ class Fleet:
         """Up to ``num_steps`` updates of every running run, and the evaluations that fall due; the rows, in one transfer."""
         began, entries, made = time.perf_counter(), [], 0
         while True:
+            if self.kept < self.step in self.config.snapshots:
+                self.snapshots[self.step], self.kept = self.everyone(), self.step
             if self.evaluated < self.step and (self.step % self.config.evaluate_every == 0 or self.step in self.stops):
                 metrics = self._captured_evaluation()
-                if metrics:
-                    entries.append((self.step, list(self.present), _copy(metrics)))
+                entries.append((self.step, list(self.present), _copy(metrics)))
                 self.evaluated = self.step
                 if self.step // self.config.evaluate_every % COMPACT_EVERY == 0:
                     self._compact()
@@ -166,6 +174,14 @@ class Fleet:
         config = self.runs[run]
         return Run(config=config, task=tasks.build(config.task), model=model.requires_grad_(False))
 
+    def everyone(self) -> Tensor:
+        """float32 [all runs as born, P] on the CPU: the parameters as they are, of those who left as they were then."""
+        flat = torch.zeros(len(self.runs), self.layout.size)
+        flat[self.present] = self.flat.cpu()
+        for run, (parameters, _, _) in self.departed.items():
+            flat[run] = parameters
+        return flat
+
     def outcomes(self) -> list[dict[str, Any]]:
         """Per run as born: {"status", "steps"}."""
         now = dict(zip(self.present, zip(self.status.tolist(), self._made().tolist(), strict=True), strict=True))
@@ -187,12 +203,14 @@ class Fleet:
 
     def _one_step(self) -> dict[str, Tensor]:
         batch = self._draw(self.tables, self.order_key, self.clock, self.config.batch_size)
+        if self.asked.weight_noise is not None:  # only until the update, after which weights are flat's again
+            self.weights.copy_(self._disturbed(self.asked.weight_noise, self.layout, self.flat, self.clock))
         sums, grads = self._gradients(batch)
         rate = multiplier(self.config.schedule.kind, self.clock / self.steps, **self.schedule)
         hyper = {name: value * rate if name.endswith("lr") else value for name, value in self.hyper.items()}
         running = self.status == RUNNING
         due = running & (self.clock < self.steps)
-        norm, alive = self._update(self.optimizer, self.layout, self.flat, self.weights, self.state, grads, sums, hyper, self.clip, self.clock, due)
+        norm, alive = self._update(self.optimizer, self.asked, self.layout, self.flat, self.weights, self.state, grads, sums, hyper, self.clip, self.clock, due)
         died = due & ~alive
         self.status.copy_(torch.where(died, DEAD, self.status))
         self.ended.copy_(torch.where(died, self.clock, self.ended))
@@ -216,7 +234,7 @@ class Fleet:
 
     @torch.no_grad()
     def _one_evaluation(self) -> dict[str, Tensor]:
-        metrics: dict[str, Tensor] = {}
+        metrics = {"weights/norm": optimizers.gradient_norm(self.flat)}
         for split in self.config.evaluate:
             metrics |= {f"{split}/{name}": value for name, value in self.evaluate(split).items()}
         due = (self.status == RUNNING) & ((self.clock % self.config.evaluate_every == 0) | (self.clock == self.steps))  # not where only a mate ends
@@ -309,17 +327,20 @@ def layout_groups(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
 
 
 def _update(
-    optimizer: Optimizer, layout: Layout, flat: Tensor, weights: Tensor, state: State, grads: list[Tensor], sums: Sums,
+    optimizer: Optimizer, asked: Interventions, layout: Layout, flat: Tensor, weights: Tensor, state: State, grads: list[Tensor], sums: Sums,
     hyper: Mapping[str, Tensor], clip: Tensor | None, step: Tensor, running: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mean gradient, clipping, who is alive, the optimizer; ``weights`` follow ``flat``. Returns the gradient norms and alive, both [R]."""
+    """Mean gradient, clipping, who is alive, interventions, the optimizer; ``weights`` follow ``flat``. Returns the gradient norms and alive, both [R]."""
     grad = layout.pack(dict(zip(layout.shapes, grads, strict=True)), 1).float() / sums.weight.unsqueeze(-1)
     norm = optimizers.gradient_norm(grad)
     alive = running & torch.isfinite(sums.loss / sums.weight) & torch.isfinite(norm)
     if clip is not None:
         grad = grad * optimizers.clip_scale(norm, clip).unsqueeze(-1)
     grad = torch.where(alive.unsqueeze(-1), grad, 0.0)
+    grad = interventions.changed(asked, layout, flat, grad, state, step, alive)
     optimizer.update(layout_groups(layout, flat), layout_groups(layout, grad), state, hyper, step, alive)
+    if asked.weights.fixed_norm:
+        interventions.hold_length(flat, state, alive)
     if weights is not flat:
         weights.copy_(flat)
     return norm, alive

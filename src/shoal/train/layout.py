@@ -36,7 +36,7 @@ class Layout:
     def view(self, flat: Tensor, name: str) -> Tensor:
         """The parameter [*L, ...] in ``flat`` [*L, P]."""
         shape, start = self.shapes[name], self.start[name]
-        return flat[..., start : start + math.prod(shape)].view(*flat.shape[:-1], *shape)
+        return flat[..., start : start + math.prod(shape)].view((*flat.shape[:-1], *shape))
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         return {name: self.view(flat, name) for name in self.shapes}

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from shoal import tasks
-from shoal.config import EmbeddingMLPConfig, ModularConfig, RunConfig, fields_per_run, flatten, run_id
+import torch
+
+from shoal import rng, tasks
+from shoal.config import EmbeddingMLPConfig, ModularConfig, ModuleConfig, Muon, RunConfig, fields_per_run, flatten, run_id
 from shoal.config.fields import ConfigError, check
+from shoal.contracts import Batch, Task
+from shoal.models.trial import try_out
 
-ZERO_OR_NOT = ("model.dropout", "clip")  # per-run values, but whether there is any changes the program
+ZERO_OR_NOT = ("model.dropout", "clip", "gradient.noise", "weights.noise")  # per-run values, but whether there is any changes the program
 
 
 def structure(run: RunConfig) -> str:
     """Equal for runs that can share a fleet."""
     flat, per_run = flatten(run), set(fields_per_run(run))
     fixed = {path: value for path, value in flat.items() if path not in per_run}
-    return json.dumps(fixed | {path: flat[path] > 0 for path in ZERO_OR_NOT if path in flat}, sort_keys=True)
+    fixed |= {path: flat[path] > 0 for path in ZERO_OR_NOT if path in flat}
+    if isinstance(run.task, ModularConfig):  # its operations may differ by run, but not what they are about and how many stand in one table
+        fixed |= {"permutations": run.task.permutations, "operations": len(run.task.operations)}
+    return json.dumps(fixed, sort_keys=True)
 
 
 def plan(runs: Iterable[RunConfig], largest: int | None = None) -> list[list[RunConfig]]:
@@ -42,15 +50,32 @@ def validate(run: RunConfig) -> None:
     """What one part of a config asks of another: splits there are, a task the model can do. ConfigError names the field."""
     task = tasks.build(run.task)
     if isinstance(run.model, EmbeddingMLPConfig):
-        if not isinstance(run.task, ModularConfig) or run.task.tokens != "residue":
-            raise ConfigError("model", "embedding_mlp gives one answer to one short prompt; it can only learn modular tables with tokens residue")
+        if not isinstance(run.task, ModularConfig) or run.task.tokens != "residue" or run.task.loss != "answer":
+            raise ConfigError(
+                "model", "embedding_mlp gives one answer to one short prompt; it can only learn modular tables with tokens residue and loss answer"
+            )
         operands = task.max_length - 1  # all but "="
         check(operands <= run.model.num_inputs <= task.max_length, "model.num_inputs", f"must be {operands} to read both operands, not {run.model.num_inputs}")
     for split in run.evaluate:
-        if split not in task.splits:
+        part, _, only = split.partition(":")
+        alone = isinstance(run.task, ModularConfig) and part in task.splits and only == run.task.operation  # "val:div" of division alone, as of a mixture
+        if split not in task.splits and not alone:
             raise ConfigError("evaluate", f"this task has no split {split!r}; it has {', '.join(task.splits)}")
     if run.stop_metric is not None:
         split, _, metric = run.stop_metric.partition("/")
         if split not in run.evaluate or metric not in ("loss", "accuracy", "exact"):
             known = ", ".join(f"{s}/{m}" for s in run.evaluate for m in ("loss", "accuracy", "exact"))
             raise ConfigError("stop_metric", f"{run.stop_metric!r} is not measured; possible: {known or 'nothing, because evaluate names no split'}")
+    if isinstance(run.model, ModuleConfig):
+        reason = "muon is for hidden matrices, and which of a module's are hidden is not known"
+        check(not isinstance(run.optimizer, Muon), "model", f"{reason}; set optimizer.type to adamw for {run.model.module}")
+        try_out(run.model, list(_each_kind(run, task)), task.vocab_size, task.max_length, getattr(torch, run.precision))
+
+
+def _each_kind(run: RunConfig, task: Task) -> Iterator[Batch]:
+    """A batch of training and one of every evaluation."""
+    per_run = {path: [getattr(run.task, path)] for path in fields_per_run(run.task)}
+    tables = task.setup({**per_run, "split_seed": [run.seeds.split]}, "cpu")
+    yield task.batch(tables, rng.key(torch.tensor([run.seeds.order]), "order"), torch.tensor(0), 2)
+    for split in run.evaluate:
+        yield from itertools.islice(task.evaluation(tables, split, 2), 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from shoal.config import RunConfig, run_id
+from shoal.config.fields import check
 from shoal.contracts import Task
 from shoal.models import AnyModel
 
@@ -14,7 +16,18 @@ class Run:
     config: RunConfig
     task: Task
     model: AnyModel
+    past: Mapping[int, Callable[[], Run]] = field(default_factory=dict)  # number of updates -> loads the run as it was then
 
     @property
     def id(self) -> str:
         return run_id(self.config)
+
+    @property
+    def snapshots(self) -> tuple[int, ...]:
+        """The numbers of updates after which its weights were kept (RunConfig.snapshots), up to its end."""
+        return tuple(self.past)
+
+    def at(self, step: int) -> Run:
+        """This run as it was after ``step`` updates."""
+        check(step in self.past, "step", f"no weights were kept after {step} updates; there are {', '.join(map(str, self.past)) or 'none'}")
+        return self.past[step]()

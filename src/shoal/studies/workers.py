@@ -1,0 +1,85 @@
+"""Several fleets at once, each in a process of its own: compiling overlaps with training, and every GPU of the machine has work.
+
+    together(work, [(directory, fleet), ...], workers=4, device="cuda")
+
+A worker writes only its fleets' own directories; the caller holds the study's lock. On several GPUs worker i uses number i modulo their count. On a
+CPU the threads are shared out, which for small models is faster than one fleet on all of them. Not here: what a job does (``driver``).
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+from shoal.config.fields import ConfigError
+
+POLL = 0.5  # seconds between looks at whether all workers are alive
+
+
+def together(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], workers: int, device: str) -> None:
+    """``work(*job)`` for every job, in spawned processes, in the order of the list. The first error ends the others' training after their
+    current chunk, as Ctrl-C does: each saves a checkpoint, so that nothing is lost, and the error is raised here."""
+    context = multiprocessing.get_context("spawn")
+    todo, told = context.Queue(), context.Queue()
+    for job in jobs:
+        todo.put(job)
+    num = min(workers, len(jobs))
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    threads = max(1, torch.get_num_threads() // num)
+    processes = [context.Process(target=_worker, args=(work, todo, told, i % gpus if gpus else None, threads, os.getpid())) for i in range(num)]
+    for process in processes:
+        todo.put(None)
+        process.start()
+    try:
+        _wait(processes, told)
+    except BaseException:
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGTERM)  # pyright: ignore[reportArgumentType] (a process that is alive has a number)
+        raise
+    finally:
+        for process in processes:
+            process.join()
+
+
+def _wait(processes: Sequence[Any], told: Any) -> None:
+    """Until every worker has said that it is done; an error one of them met is raised."""
+    left = len(processes)
+    while left:
+        if told.empty() and any(process.exitcode not in (None, 0) for process in processes):
+            raise RuntimeError("a worker ended without a word (killed, perhaps for want of memory); the same command goes on from its last checkpoint")
+        try:
+            error = told.get(timeout=POLL)
+        except queue.Empty:
+            continue
+        if error is None:
+            left -= 1
+        elif isinstance(error, tuple):
+            raise ConfigError(*error)
+        else:
+            raise RuntimeError(f"in a worker:\n{error}")
+
+
+def _worker(work: Callable[..., None], todo: Any, told: Any, gpu: int | None, threads: int, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group of processes; the parent tells when to stop
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    torch.set_num_threads(threads)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)  # what "cuda" then means
+    try:
+        while (job := todo.get()) is not None and os.getppid() == parent:
+            work(*job)
+        told.put(None)
+    except KeyboardInterrupt:
+        told.put(None)
+    except ConfigError as error:
+        told.put((error.path, error.message))
+    except Exception:
+        told.put(traceback.format_exc())
