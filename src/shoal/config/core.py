@@ -77,6 +77,7 @@ class RunConfig:
         check(self.batch_size % self.accumulate == 0, "accumulate", f"{self.accumulate} pieces do not divide the batch of {self.batch_size}")
         check(self.clip >= 0, "clip", "must be 0 (none) or more")
         check(all(step >= 0 for step in self.snapshots), "snapshots", "are numbers of updates: 0 or more")
+        check(self.variant.isprintable(), "variant", f"is a name on one line, not {self.variant!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,10 @@ import numpy as np
 from shoal.config import StudyConfig, flatten
 from shoal.results.claims import Claim, Sample
 from shoal.results.comparisons import times_against, values_against
-from shoal.results.figures import survival
 from shoal.results.rows import Rows
 from shoal.results.tables import Table
 from shoal.results.wording import number
-from shoal.studies.shared import Published, paper_run, percent, published_table, ratio, reached_table, small_run
+from shoal.studies.shared import GROKKED, Published, paper_run, percent, published_table, ratio, reached_table, small_run
 from shoal.studies.study import Study, about, cells
 
 FRACTION, OPERATION = "task.train_fraction", "task.operation"
@@ -117,9 +116,8 @@ def study(config: StudyConfig) -> Study:
         config=config,
         wanted=lambda rows: config.runs(),
         figures=[
-            times_against(FRACTION, "val/accuracy", 0.99, by=by),
+            times_against(FRACTION, "val/accuracy", GROKKED, by=by),
             values_against(FRACTION, "val/accuracy", which="best", by=by),
-            survival("val/accuracy", 0.99, by=[*by, FRACTION]),
         ],
         tables=[steps_between(fractions, others), reached_table([*by, FRACTION]), published_table(PUBLISHED)],
         claims=[claim for cell in others for claim in _claims(cell, fractions, {**flatten(config.run), **cell}[OPERATION])],

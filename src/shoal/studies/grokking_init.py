@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import inf
@@ -9,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from shoal.config import StudyConfig
+from shoal.config import StudyConfig, flatten
 from shoal.results.claims import Claim, Sample
 from shoal.results.comparisons import heatmap, median_steps, share_reached, times
-from shoal.results.figures import curves
+from shoal.results.figures import Figure, curves
 from shoal.results.rows import Rows
 from shoal.results.wording import setting
-from shoal.studies.shared import GROKKED, Published, delay, paper_run, percent, published_table, reached_table, small_run, sooner
+from shoal.studies.shared import GROKKED, Published, delay, matching, paper_run, percent, published_table, reached_table, small_run, sooner
 from shoal.studies.study import Study, about, cells
 
 EMBEDDING, SCALE = "model.embedding_std", "model.init_scale"
@@ -68,12 +69,26 @@ def shorter(rows_a: Rows, rows_b: Rows, least: float) -> Sample:
     return Sample(np.where(there, b / a, 0.0), observed=other, kind="survival")
 
 
+def usual(config: StudyConfig) -> dict[str, Any]:
+    """The grid's place of the paper: the largest embeddings, the matrices nearest to PyTorch's."""
+    values = flatten(config.run)
+    stds, scales = (config.grid.get(path, [values[path]]) for path in (EMBEDDING, SCALE))
+    return {EMBEDDING: max(stds), SCALE: min(scales, key=lambda scale: abs(scale - 1))}
+
+
+def lengths(along: str, config: StudyConfig, by: Sequence[str]) -> Figure:
+    """Length of all weights of the free networks over steps, for every value of one scale, the other as usual."""
+    figure = curves("weights/norm", by=[*by, along], logx=True, logy=True, ylabel="length of all weights")
+    there = {path: value for path, value in usual(config).items() if path != along}
+    caption = f"Length of all weights of the networks that are free, with {setting(there)}. {figure.caption}"
+    return replace(figure, draw=lambda rows: figure.draw(matching(rows, {"variant": FREE, **there})), caption=caption)
+
+
 def _claims(config: StudyConfig, rest: dict[str, Any]) -> list[Claim]:
     stds, scales = sorted(config.grid.get(EMBEDDING, [])), sorted(config.grid.get(SCALE, []))
     if not {FREE, FIXED} <= config.variants.keys() or len(stds) < 2 or len(scales) < 2:
         return []
-    usual = {EMBEDDING: stds[-1], SCALE: min(scales, key=lambda scale: abs(scale - 1))}  # the paper's embeddings, PyTorch's matrices
-    small, large = {EMBEDDING: stds[0], SCALE: scales[0]}, {EMBEDDING: stds[-1], SCALE: scales[-1]}
+    paper, small, large = usual(config), {EMBEDDING: stds[0], SCALE: scales[0]}, {EMBEDDING: stds[-1], SCALE: scales[-1]}
 
     def at(variant: str, place: dict[str, Any]) -> dict[str, Any]:
         return {**rest, "variant": variant, **place}
@@ -86,14 +101,14 @@ def _claims(config: StudyConfig, rest: dict[str, Any]) -> list[Claim]:
         text = f"{text} ({setting(place)}) {'at most' if holds[0] == 0 else 'more than'} half of the seeds come to know the unseen rows."
         return Claim(about(text, rest), lambda rows: Sample(rows.where(at(variant, place)).reached("val/accuracy", GROKKED)[1], kind="proportion"), holds)
 
-    claims = [order({**usual, EMBEDDING: std}, usual, "smaller embeddings are better") for std in stds[:-1]]
-    claims += [order({**usual, SCALE: a}, {**usual, SCALE: b}, "smaller matrices are better") for a, b in pairwise(scales)]
+    claims = [order({**paper, EMBEDDING: std}, paper, "smaller embeddings are better") for std in stds[:-1]]
+    claims += [order({**paper, SCALE: a}, {**paper, SCALE: b}, "smaller matrices are better") for a, b in pairwise(scales)]
     claims.append(share(FREE, large, "Free, and large", (0.0, 0.5)))
     claims.append(share(FIXED, large, "With the length held, and large, so that it can never shrink,", (0.0, 0.5)))
     claims.append(share(FIXED, small, "With the length held, and small,", (0.5, 1.0)))
-    text = f"Held small ({setting(small)}), the delay is at most half of that of the free network that began as usual ({setting(usual)}), in the median."
+    text = f"Held small ({setting(small)}), the delay is at most half of that of the free network that began as usual ({setting(paper)}), in the median."
     least = float(config.run.evaluate_every)
-    claims.append(Claim(about(text, rest), lambda rows: shorter(rows.where(at(FIXED, small)), rows.where(at(FREE, usual)), least), (2.0, inf)))
+    claims.append(Claim(about(text, rest), lambda rows: shorter(rows.where(at(FIXED, small)), rows.where(at(FREE, paper)), least), (2.0, inf)))
     return claims
 
 
@@ -111,7 +126,7 @@ def study(config: StudyConfig) -> Study:
             heatmap(EMBEDDING, SCALE, median_steps("val/accuracy", GROKKED), by=by),
             heatmap(EMBEDDING, SCALE, share_reached("val/accuracy", GROKKED), by=by),
             times("val/accuracy", GROKKED, by=every),
-            curves("weights/norm", by=every, logx=True, logy=True, ylabel="length of all weights"),
+            *(lengths(along, config, list(others[0])) for along in (EMBEDDING, SCALE)),
         ],
         tables=[reached_table(every), published_table(PUBLISHED)],
         claims=[claim for cell in others for claim in _claims(config, cell)],

@@ -12,8 +12,8 @@ from shoal.config import DecoderConfig, RunConfig, StudyConfig, with_seed, with_
 from shoal.config.fields import check
 from shoal.results import statistics
 from shoal.results.claims import Claim, Sample
-from shoal.results.comparisons import times
-from shoal.results.figures import Figure, survival
+from shoal.results.comparisons import times, times_against
+from shoal.results.figures import Figure
 from shoal.results.rows import Rows, row_key
 from shoal.results.tables import Table
 from shoal.results.wording import number, setting
@@ -113,7 +113,7 @@ def fresh(rows: Rows) -> Rows:
 
 
 def of_fresh(figure: Figure, caption: str) -> Figure:
-    return replace(figure, draw=lambda rows: figure.draw(fresh(rows)), caption=f"{caption} Fresh seeds only.")
+    return replace(figure, draw=lambda rows: figure.draw(fresh(rows)), caption=f"{caption} Fresh seeds only. A batch size of 0 is the whole training table.")
 
 
 def chosen(others: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
@@ -148,7 +148,8 @@ def _line(rows: Rows, cell: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _pair(rows: Rows, cell: dict[str, Any]) -> tuple[Rows, Rows]:
-    return rows.where({**cell, "variant": FIRST}), rows.where({**cell, "variant": SECOND})
+    part = fresh(rows)
+    return part.where({**cell, "variant": FIRST}), part.where({**cell, "variant": SECOND})
 
 
 def _claims(cell: dict[str, Any]) -> list[Claim]:
@@ -169,7 +170,7 @@ def _claims(cell: dict[str, Any]) -> list[Claim]:
 def _overall(rows: Rows, others: Sequence[dict[str, Any]]) -> Sample:
     """Per seed: is Muon sooner in more than half of the cells where it can be said?"""
     shares = []
-    for _, part in fresh(rows).groups(["seeds.split"]):
+    for _, part in rows.groups(["seeds.split"]):
         told = np.concatenate([np.asarray(sooner(*_pair(part, cell)).values, dtype=float) for cell in others])
         shares += [float(told.mean()) > 0.5] if told.size else []
     return Sample(shares, kind="proportion")
@@ -197,7 +198,7 @@ def study(config: StudyConfig) -> Study:
         wanted=lambda rows: wanted(config, rows),
         figures=[
             of_fresh(times("val/accuracy", GROKKED, by=by), "Steps to 99 % of the unseen rows."),
-            of_fresh(survival("val/accuracy", GROKKED, by=by), "Seeds not yet at 99 % of the unseen rows."),
+            of_fresh(times_against(WIDTH, "val/accuracy", GROKKED, by=[path for path in by if path != WIDTH], logx=True), "Steps to 99 % by width."),
         ],
         tables=[chosen(others, names), replace(reached, make=lambda rows: reached.make(fresh(rows))), published_table(PUBLISHED)],
         claims=claims,
