@@ -61,7 +61,9 @@ def unstructure(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    return yaml.safe_dump(unstructure(config), sort_keys=False, allow_unicode=True, width=120)
+    data = unstructure(config)
+    as_it_is = "\x85" not in json.dumps(data, ensure_ascii=False)  # PyYAML writes this one as a line break, and reads it back as one
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=as_it_is, width=120)
 
 
 def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
