@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
-from shoal.config import StudyConfig
+from shoal.config import DecoderConfig, StudyConfig
 from shoal.results.claims import Claim, Sample
 from shoal.results.comparisons import times
 from shoal.results.figures import curves
@@ -35,8 +35,8 @@ def full() -> StudyConfig:
 
 def quick() -> StudyConfig:
     """Minutes on two cores: division alone and with multiplication over a small modulus, 40 % of the rows, a small model with a decay of its own."""
-    run = small_run()
-    run = replace(run, task=replace(run.task, operator_token=True, train_fraction=0.4))
+    run = small_run(evaluate_every=25, model=DecoderConfig(width=64, num_layers=1, feed_forward=256))
+    run = replace(run, task=replace(run.task, p=59, operator_token=True, train_fraction=0.4))
     return StudyConfig(run=run, variants={name: VARIANTS[name] for name in (ALONE, TWO)}, grid={SPLIT: ["random", "paired"]}, seeds=6)
 
 
