@@ -14,7 +14,7 @@ from shoal.results.claims import Claim, Sample
 from shoal.results.comparisons import heatmap, mean_of, values_against
 from shoal.results.rows import Rows
 from shoal.results.tables import Table
-from shoal.results.wording import setting
+from shoal.results.wording import plural, setting
 from shoal.studies.shared import GROKKED, matching, paper_run, percent, small_run
 from shoal.studies.study import Study, about, cells
 
@@ -57,17 +57,16 @@ PRESETS = {"quick": quick, "full": full}
 DEFAULT = ("quick", "full")
 
 HELP = (TO_ZERO, TO_START, "dropout 0.1", "gradient noise", "weight noise")  # by their figure
-HERE = "20,000 steps, bfloat16."
 PUBLISHED = {  # variant -> what they found with 100,000 steps and 3 seeds, in words: the figure prints no numbers; and what ours does otherwise
-    BASELINE: ("the reference", HERE),
-    "lr x 0.3": ("generalises only within about one order of magnitude of the learning rate", HERE),
-    "lr x 3": ("the same", HERE),
-    TO_ZERO: ("by far the strongest: less than half of the rows needed", HERE),
-    TO_START: ("helps, less", HERE),
-    "dropout 0.1": ("helps", f"{HERE} Theirs drops after the feed-forward only, ours after embedding and attention, too."),
-    "gradient noise": ("helps", f"{HERE} Theirs, of std 1, joins Adam's update; ours joins the gradient, before Adam scales it."),
-    "weight noise": ("helps", HERE),
-    "full batch": ("among the worst", HERE),
+    BASELINE: ("the reference", ""),
+    "lr x 0.3": ("generalises only within about one order of magnitude of the learning rate", ""),
+    "lr x 3": ("the same", ""),
+    TO_ZERO: ("by far the strongest: less than half of the rows needed", ""),
+    TO_START: ("helps, less", ""),
+    "dropout 0.1": ("helps", "Theirs drops after the feed-forward only, ours after embedding and attention, too."),
+    "gradient noise": ("helps", "Theirs, of std 1, joins Adam's update; ours joins the gradient, before Adam scales it."),
+    "weight noise": ("helps", ""),
+    "full batch": ("among the worst", ""),
 }
 
 
@@ -113,20 +112,23 @@ def _claims(config: StudyConfig, cell: dict[str, Any]) -> list[Claim]:
 
 def beside_theirs(config: StudyConfig, others: list[dict[str, Any]]) -> Table:
     """A line per variant: the mean best accuracy at every share of rows, and what Power et al. found."""
-    fractions = config.grid.get(FRACTION, [flatten(config.run)[FRACTION]])
+    values = flatten(config.run)
+    data = "S5" if values["task.operation"] == "s5" else f"{values['task.operation']} modulo {values['task.p']}, {plural(values['model.num_layers'], 'layer')}"
+    here = f"Ours: {data}, {values['steps']:,} steps, {values['precision']}."
+    fractions = config.grid.get(FRACTION, [values[FRACTION]])
 
     def line(rows: Rows, name: str, cell: dict[str, Any]) -> dict[str, Any]:
         mine = rows.where({"variant": name})
-        values = {percent(share): matching(mine, {FRACTION: share}) for share in fractions}
+        parts = {percent(share): matching(mine, {FRACTION: share}) for share in fractions}
         theirs, differs = PUBLISHED.get(name, ("", ""))
         return {
             "intervention": name,
             **({"setting": setting(cell)} if cell else {}),
             "n": len(mine) // len(fractions),
-            **{share: statistics.mean(part.column(BEST)).within(0, 1) for share, part in values.items() if part},
+            **{share: statistics.mean(part.column(BEST)).within(0, 1) for share, part in parts.items() if part},
             "rows needed": ", ".join(percent(share) if share < inf else "more" for share in needed(rows, name)),
             "Power et al.": theirs,
-            "what differs": differs,
+            "what differs": f"{here} {differs}".strip(),
         }
 
     def make(rows: Rows) -> list[dict[str, Any]]:
