@@ -109,6 +109,8 @@ class Mixer(Protocol):
         ...
 
     def init_cache(self, batch: int, length: int) -> Any: ...  # room for ``length`` positions of ``batch`` sequences in every run
+    def init_rules(self) -> Sequence[tuple[str, Any]]: ...  # of its own parameters that do not begin as the model's matrices and biases do, by names within it
+    def undecayed(self) -> Sequence[str]: ...  # names within it of parameters no weight decay touches
     def flops(self, batch: int, time: int, scored: int) -> int: ...  # matrix products of one forward pass of one run, a multiply-add counted as 2
     def state_bytes(self, length: int) -> int: ...  # cache of one sequence of this length
 
@@ -122,6 +124,7 @@ class Model(Protocol):
     def init_rules(
         self, configs: Sequence[Any]
     ) -> Sequence[tuple[str, Any]]: ...  # for these runs: (pattern of parameter names, distribution); first match wins, no match is an error
+    def undecayed(self) -> list[str]: ...  # names of the parameters no weight decay touches
     def hidden_matrices(self) -> list[str]: ...  # names of the parameters Muon may orthogonalise: not embeddings, not the head
     def flops(self, batch: int, time: int, scored: int) -> int: ...
 

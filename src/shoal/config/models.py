@@ -15,15 +15,22 @@ class DecoderConfig:
 
     width: int = 128
     num_layers: int = 2
-    mixers: tuple[Literal["attention"], ...] = ("attention",)  # repeated in turn up to num_layers
-    num_heads: int = 4
+    mixers: tuple[Literal["attention", "mamba", "ssd", "s4d"], ...] = ("attention",)  # repeated in turn up to num_layers
+    num_heads: int = 4  # of attention and ssd
+    state_size: int = 16  # N: numbers of state per channel, of mamba, ssd and s4d
+    expand: int = 2  # inner width of mamba, ssd and s4d, as a multiple of the width
+    convolution: int = 4  # steps the short convolution of mamba and ssd spans
+    scan: Literal["auto", "reference", "sequential", "triton"] = "auto"  # mamba's form of the recurrence; auto: triton on a GPU, else sequential
     feed_forward: int = 512  # its width; 0 = none
     activation: Literal["relu", "gelu", "silu", "relu2"] = "relu"
     norm: Literal["layer", "rms", "none"] = "layer"
     norm_place: Literal["pre", "post"] = "pre"
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+    rotary_base: float = 10_000.0
     bias: bool = True  # in the linear layers
+    embedding: Literal["trained", "unit"] = "trained"  # unit: fixed rows of length 1 (numpy's RandomState(0)), the same for every run
     tied: bool = False  # the head is the embedding, transposed
+    head_bias: bool = False
     dropout: PerRun[float] = 0.0
     embedding_std: PerRun[float] = 0.02
     linear_init: Literal["normal", "uniform"] = "normal"  # normal: N(0, init_std); uniform: U(-1, 1) / sqrt(inputs), torch's default
@@ -31,10 +38,12 @@ class DecoderConfig:
     init_scale: PerRun[float] = 1.0  # multiplies every matrix but the embeddings at initialisation
 
     def __post_init__(self) -> None:
-        for name in ("width", "num_layers", "num_heads"):
+        for name in ("width", "num_layers", "num_heads", "state_size", "expand", "convolution"):
             check(getattr(self, name) >= 1, name, f"must be 1 or more, not {getattr(self, name)}")
         check(self.feed_forward >= 0, "feed_forward", "must be 0 (none) or more")
         check(len(self.mixers) > 0, "mixers", 'name at least one, for example ["attention"]')
+        check(self.rotary_base > 1, "rotary_base", f"must be above 1, not {self.rotary_base}")
+        check(not (self.tied and self.head_bias), "head_bias", "a tied head has no bias; leave one of the two out")
         heads = [h for h in range(1, self.width + 1) if self.width % h == 0]
         check(
             self.width % self.num_heads == 0,

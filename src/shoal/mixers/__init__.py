@@ -5,8 +5,10 @@ from __future__ import annotations
 from shoal.config.models import DecoderConfig
 from shoal.mixers.attention import Attention
 
+AnyMixer = Attention
 
-def build(name: str, config: DecoderConfig, lead: tuple[int, ...] = ()) -> Attention:
+
+def build(name: str, config: DecoderConfig, lead: tuple[int, ...] = ()) -> AnyMixer:
     return MIXERS[name](config, lead)
 
 

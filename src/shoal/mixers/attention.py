@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from shoal.config.models import DecoderConfig
 from shoal.contracts import Context
 from shoal.nn import Linear, joint_linear, rotate, select
+from shoal.nn.init import Distribution
 
 SHORT = 8  # keys; measured on 2 CPU cores: at 4 keys the broadcast form takes 0.6 of the fused time, at 32 seven times as much
 MAX_ROWS = 65_535  # fused attention fails above this many (runs x batch) rows on CUDA
@@ -35,7 +36,7 @@ class Attention(nn.Module):
         super().__init__()
         width = config.width
         self.num_heads, self.head_width, self.lead = config.num_heads, width // config.num_heads, lead
-        self.rotary = config.positions == "rotary"
+        self.rotary_base = config.rotary_base if config.positions == "rotary" else None
         self.query = Linear(width, width, bias=config.bias, lead=lead)
         self.key = Linear(width, width, bias=config.bias, lead=lead)
         self.value = Linear(width, width, bias=config.bias, lead=lead)
@@ -54,10 +55,10 @@ class Attention(nn.Module):
         if cache is not None:
             cell = cell + cache.used
         query_cell = cell if context.at is None else cell[context.at]  # [S] or [*L, B, S]
-        if self.rotary:
+        if self.rotary_base is not None:
             positions = cell if context.positions is None else context.positions
-            k = rotate(k, positions)
-            q = rotate(q, query_cell if context.positions is None else select(positions.unsqueeze(-1), context.at).squeeze(-1))
+            k = rotate(k, positions, self.rotary_base)
+            q = rotate(q, query_cell if context.positions is None else select(positions.unsqueeze(-1), context.at).squeeze(-1), self.rotary_base)
 
         if cache is not None:
             cache, k, v = _append(cache, k, v, context.mask, cell)
@@ -71,6 +72,12 @@ class Attention(nn.Module):
         weight = self.query.weight
         shape = (*self.lead, batch, length, self.num_heads, self.head_width)
         return Cache(weight.new_zeros(shape), weight.new_zeros(shape), weight.new_zeros(shape[:-2], dtype=torch.bool), weight.new_zeros((), dtype=torch.int64))
+
+    def init_rules(self) -> list[tuple[str, Distribution]]:
+        return []
+
+    def undecayed(self) -> list[str]:
+        return []
 
     def flops(self, batch: int, time: int, scored: int) -> int:
         width = self.num_heads * self.head_width

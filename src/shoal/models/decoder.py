@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from shoal import mixers
 from shoal.config.models import DecoderConfig
 from shoal.contracts import Context
-from shoal.nn import Constant, Embedding, LayerNorm, Linear, Normal, RMSNorm, Uniform, dropout, linear, select, sinusoidal
+from shoal.nn import Constant, Embedding, LayerNorm, Linear, Normal, RMSNorm, Uniform, UnitEmbedding, dropout, linear, select, sinusoidal
 from shoal.nn.init import Distribution
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square()}
@@ -78,11 +78,11 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, vocab_size: int, max_length: int, lead: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.config, self.vocab_size, self.max_length = config, vocab_size, max_length
-        self.embedding = Embedding(vocab_size, config.width, lead=lead)
+        self.embedding = Embedding(vocab_size, config.width, lead=lead) if config.embedding == "trained" else UnitEmbedding(vocab_size, config.width)
         self.position = Embedding(max_length, config.width, lead=lead) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, index, lead) for index in range(config.num_layers))
         self.norm = _norm(config, lead) if config.norm_place == "pre" else nn.Identity()
-        self.head = None if config.tied else Linear(config.width, vocab_size, bias=False, lead=lead)
+        self.head = None if config.tied else Linear(config.width, vocab_size, bias=config.head_bias, lead=lead)
         self.register_buffer("rate", torch.full(lead, config.dropout, device="cpu") if config.dropout > 0 else None, persistent=False)
 
     def forward(self, tokens: Tensor, context: Context = EVERYTHING, cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
@@ -131,9 +131,11 @@ class Decoder(nn.Module):
         | matrices, linear_init "normal" | N(0, (init_std init_scale)^2); biases 0 |
         | matrices and biases, "uniform" | U(-1, 1) init_scale / sqrt(inputs): torch.nn.Linear's default (biases unscaled) |
         | norms | weight 1, bias 0 |
+        | a mixer's own | as its file says |
         """
         config = configs[0]
         rules: list[tuple[str, Distribution]] = [
+            *((f"blocks.{i}.mixer.{name}", rule) for i, block in enumerate(self._blocks) for name, rule in block.mixer.init_rules()),
             ("*norm.weight", Constant(1.0)),
             ("*norm.bias", Constant(0.0)),
             ("embedding.weight", Normal([c.embedding_std for c in configs])),
@@ -146,6 +148,9 @@ class Decoder(nn.Module):
                 bound = module.weight.shape[-2] ** -0.5
                 rules += [(f"{name}.weight", Uniform([bound * c.init_scale for c in configs])), (f"{name}.bias", Uniform(bound))]
         return rules
+
+    def undecayed(self) -> list[str]:
+        return [f"blocks.{i}.mixer.{name}" for i, block in enumerate(self._blocks) for name in block.mixer.undecayed()]
 
     def hidden_matrices(self) -> list[str]:
         return [f"blocks.{name}.weight" for name, module in self.blocks.named_modules() if isinstance(module, Linear)]

@@ -52,6 +52,9 @@ class EmbeddingMLP(nn.Module):
                 rules.append((f"{name}.weight", Uniform([module.weight.shape[-2] ** -0.5 * c.init_scale for c in configs])))
         return rules
 
+    def undecayed(self) -> list[str]:
+        return []
+
     def hidden_matrices(self) -> list[str]:
         return [f"hidden.{index}.weight" for index in range(len(self.hidden))]
 

@@ -87,6 +87,9 @@ class Lifted(nn.Module):
 
         return [("module.*", Given(lambda name, seed: made(seed)[name.removeprefix("module.")]))]
 
+    def undecayed(self) -> list[str]:
+        return []
+
     def hidden_matrices(self) -> list[str]:
         return []  # which of a module's matrices are hidden is for its author to say
 

@@ -2,7 +2,7 @@
 
 from shoal.nn.dropout import dropout
 from shoal.nn.init import Constant, Given, Normal, Uniform, initialise
-from shoal.nn.layers import Embedding, LayerNorm, Linear, RMSNorm, joint_linear, linear, select
+from shoal.nn.layers import Embedding, LayerNorm, Linear, RMSNorm, UnitEmbedding, joint_linear, linear, select
 from shoal.nn.positions import rotate, sinusoidal
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Normal",
     "RMSNorm",
     "Uniform",
+    "UnitEmbedding",
     "dropout",
     "initialise",
     "joint_linear",

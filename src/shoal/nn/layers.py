@@ -8,6 +8,7 @@ L. Activations have the dtype of the parameters. Those are made empty: ``shoal.n
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,6 +57,22 @@ class Embedding(nn.Module):
         if tokens.is_cuda:
             return _Lookup.apply(tokens, self.weight)  # pyright: ignore[reportReturnType]
         return _lookup(tokens, self.weight)
+
+
+class UnitEmbedding(nn.Module):
+    """A table [V, D] that is never trained and the same for every run: numpy's ``RandomState(0)`` normals, each row scaled to length 1. Not a parameter."""
+
+    weight: Tensor
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        super().__init__()
+        rows = np.random.RandomState(0).randn(num_rows, width)
+        table = torch.tensor(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=torch.float32, device="cpu")
+        self.register_buffer("weight", table, persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [*L, B, T] -> [*L, B, T, D]."""
+        return F.embedding(tokens, self.weight)
 
 
 def _lookup(tokens: Tensor, weight: Tensor) -> Tensor:

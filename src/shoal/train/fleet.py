@@ -98,7 +98,7 @@ class Fleet:
         self.weights = self.flat if itself else self.flat.to(DTYPES[self.config.precision], copy=True)  # what the model computes with
         self.parameters = self.layout.bind(self.model, self.weights)
         for buffer in self.model.buffers():
-            buffer.data = buffer.to(self.device)
+            buffer.data = buffer.to(self.device, DTYPES[self.config.precision])
         if getattr(self.model, "rate", None) is not None:
             self.model.rate = self._column("model.dropout")
         self.hyper = {path.rpartition(".")[2]: self._column(path) for path in fields_per_run(self.config) if path.startswith("optimizer.")}
@@ -268,7 +268,7 @@ class Fleet:
         """Where this fleet's parameters lie; the same for any number of runs."""
         model = self._new_model((1,)) if model is None else model
         shapes = {name: tuple(p.shape[1:]) for name, p in model.named_parameters()}
-        return Layout(shapes, parameter_groups(self.config.optimizer, shapes, model.hidden_matrices()))
+        return Layout(shapes, parameter_groups(self.config.optimizer, shapes, model.hidden_matrices(), model.undecayed()))
 
     def _made(self) -> Tensor:
         """int64 [R], updates made so far."""
@@ -312,13 +312,14 @@ def joined(tables: Sequence[Table]) -> Table:
     return {name: np.concatenate([table.get(name, np.full(len(table["step"]), np.nan, np.float32)) for table in tables]) for name in names}
 
 
-def parameter_groups(config: Any, shapes: Mapping[str, Sequence[int]], hidden_matrices: Sequence[str]) -> dict[str, list[str]]:
+def parameter_groups(config: Any, shapes: Mapping[str, Sequence[int]], hidden_matrices: Sequence[str], undecayed: Sequence[str] = ()) -> dict[str, list[str]]:
     """What the optimizer is handed: group name -> parameters. Muon gets its matrices one by one, everything else comes as one or two vectors."""
-    if isinstance(config, Muon):
-        return {name: [name] for name in hidden_matrices} | {"rest": [name for name in shapes if name not in set(hidden_matrices)]}
-    if getattr(config, "decay", "all") == "matrices":
-        return {"decayed": [n for n, s in shapes.items() if len(s) > 1], "undecayed": [n for n, s in shapes.items() if len(s) <= 1]}
-    return {"flat": list(shapes)}
+    muon = isinstance(config, Muon)
+    matrices = list(hidden_matrices) if muon else []
+    rest = [name for name in shapes if name not in set(matrices)]
+    spared = {name for name in rest if name in set(undecayed) or (getattr(config, "decay", "all") == "matrices" and len(shapes[name]) <= 1)}
+    groups = {"rest" if muon else "flat": [name for name in rest if name not in spared], "undecayed": [name for name in rest if name in spared]}
+    return {name: [name] for name in matrices} | {group: names for group, names in groups.items() if names}
 
 
 def layout_groups(layout: Layout, flat: Tensor) -> dict[str, Tensor]:

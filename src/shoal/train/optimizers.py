@@ -12,7 +12,7 @@ coefficients of 0.0: x + 0.0 turns a -0.0 into 0.0, while x + -0.0 is x for ever
 line below is written such that what they multiply is then 0.0: the update adds -0.0. (Parameters and moments must be finite for this; a run
 that is stopped at the first non-finite gradient norm has only such.)
 
-Not here: which parameter goes into which group, schedules, and what makes a run dead; the fleet decides those.
+No optimizer decays the group "undecayed". Not here: which parameter goes into which group, schedules, and what makes a run dead; the fleet decides those.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SGD:
         for name, p in params.items():
             descend, decay, momentum, assign = _gate(alive, p, -hyper["lr"], hyper["wd"], hyper["momentum"], torch.ones_like(hyper["lr"]))
             buffer = state["momentum"][name]
-            g = torch.addcmul(grads[name], p, decay)
+            g = torch.addcmul(grads[name], p, decay) if _decays(name) else grads[name]
             velocity = torch.addcmul(g, buffer, momentum)
             buffer.lerp_(velocity, assign)  # lerp by 1 is its end, exactly
             if self.config.nesterov:
@@ -65,13 +65,13 @@ class Adam:
     def update(self, params: Params, grads: Params, state: State, hyper: Mapping[str, Tensor], step: Tensor, alive: Tensor) -> None:
         for name, p in params.items():
             (decay,) = _gate(alive, p, hyper["wd"])
-            g = torch.addcmul(grads[name], p, decay)
+            g = torch.addcmul(grads[name], p, decay) if _decays(name) else grads[name]
             _adam_step(p, g, state["first"][name], state["second"][name], hyper, step, alive)
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """Loshchilov and Hutter 2019 (arXiv 1711.05101): p shrinks by lr * wd, apart from the gradient. Group "undecayed" does not.
+    """Loshchilov and Hutter 2019 (arXiv 1711.05101): p shrinks by lr * wd, apart from the gradient.
 
     With decay_to "start" it is the distance from where p began that shrinks so (Power et al. 2022, arXiv 2201.02177, figure 2); the start is kept in the state.
     """
@@ -81,21 +81,18 @@ class AdamW:
     def init(self, params: Params) -> State:
         state = {"first": _zeros(params), "second": _zeros(params)}
         if self.config.decay_to == "start":
-            state["start"] = {name: p.clone(memory_format=torch.contiguous_format) for name, p in params.items() if self._decays(name)}
+            state["start"] = {name: p.clone(memory_format=torch.contiguous_format) for name, p in params.items() if _decays(name)}
         return state
 
     def update(self, params: Params, grads: Params, state: State, hyper: Mapping[str, Tensor], step: Tensor, alive: Tensor) -> None:
         for name, p in params.items():
-            if self._decays(name) and self.config.decay_to == "zero":
+            if _decays(name) and self.config.decay_to == "zero":
                 (decay,) = _gate(alive, p, hyper["lr"] * hyper["wd"])
                 p.mul_(1 - decay)
-            elif self._decays(name):
+            elif _decays(name):
                 change = (p - state["start"][name]) * _spread(hyper["lr"] * hyper["wd"], p)
                 p.sub_(torch.where(_spread(alive, p), change, 0.0))  # x - 0.0 is x, too
             _adam_step(p, grads[name], state["first"][name], state["second"][name], hyper, step, alive)
-
-    def _decays(self, name: str) -> bool:
-        return self.config.decay == "all" or name != "undecayed"
 
 
 @dataclass(frozen=True)
@@ -111,14 +108,14 @@ class Adagrad:
         for name, p in params.items():
             descend, decay = _gate(alive, p, -hyper["lr"], hyper["wd"])
             eps = _spread(torch.where(alive, hyper["eps"], 1.0), p)
-            g = torch.addcmul(grads[name], p, decay)
+            g = torch.addcmul(grads[name], p, decay) if _decays(name) else grads[name]
             total = state["sum"][name].addcmul_(g, g)
             p.addcmul_(g.div_(total.sqrt().add_(eps)), descend)
 
 
 @dataclass(frozen=True)
 class Muon:
-    """Keller Jordan 2024 (kellerjordan.github.io/posts/muon) on every group [*L, in, out]; AdamW, with the ``adam_`` values, on group "rest".
+    """Keller Jordan 2024 (kellerjordan.github.io/posts/muon) on every group [*L, in, out]; AdamW, with the ``adam_`` values, on groups "rest" and "undecayed".
 
     A matrix moves by its momentum with all singular values made about 1, times sqrt(max(1, out / in)).
     ``dtype`` of the Newton-Schulz iteration: None = bfloat16 on CUDA (it only needs the direction), the parameters' own elsewhere.
@@ -224,9 +221,14 @@ def _zeros(params: Params) -> Params:
     return {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in params.items()}
 
 
+def _decays(group: str) -> bool:
+    return group != "undecayed"
+
+
 def _split(params: Params) -> tuple[Params, Params]:
-    """Group "rest", and the matrices."""
-    return {name: p for name, p in params.items() if name == "rest"}, {name: p for name, p in params.items() if name != "rest"}
+    """Groups "rest" and "undecayed", and the matrices."""
+    vectors = ("rest", "undecayed")
+    return {name: p for name, p in params.items() if name in vectors}, {name: p for name, p in params.items() if name not in vectors}
 
 
 def _wide(matrix: Tensor) -> Tensor:
