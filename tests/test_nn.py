@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from laws import close, filled, generator, same
@@ -18,7 +19,22 @@ from shoal import rng
 from shoal.config import DecoderConfig, EmbeddingMLPConfig
 from shoal.contracts import Context
 from shoal.models import Decoder, EmbeddingMLP, decoder
-from shoal.nn import Constant, Embedding, LayerNorm, Linear, Normal, RMSNorm, Uniform, dropout, initialise, joint_linear, rotate, select, sinusoidal
+from shoal.nn import (
+    Constant,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Normal,
+    RMSNorm,
+    Uniform,
+    UnitEmbedding,
+    dropout,
+    initialise,
+    joint_linear,
+    rotate,
+    select,
+    sinusoidal,
+)
 from shoal.nn.init import _fill, normal
 from shoal.nn.layers import SMALL_VOCABULARY, _Lookup
 
@@ -78,6 +94,14 @@ def test_embedding(lead: tuple[int, ...], num_rows: int, on_gpu: bool) -> None:
     compare(layer, F.embedding, lead, tokens)
 
 
+def test_unit_embedding_is_numpys_and_no_parameter() -> None:
+    np.random.seed(0)
+    rows = np.random.randn(7, 4)
+    layer, tokens = UnitEmbedding(7, 4), torch.randint(7, (R, B, T), generator=generator(3))
+    close(layer.weight, torch.tensor(rows / np.sqrt((rows**2).sum(1, keepdims=True))).float(), 1e-6)
+    assert same(layer(tokens), layer.weight[tokens]) and not list(layer.parameters()) and not layer.state_dict()
+
+
 @every_lead
 def test_norms(lead: tuple[int, ...]) -> None:
     x = (randn(*lead, B, T, 6) * 3 + 1).requires_grad_()
@@ -113,6 +137,8 @@ def test_rotary_turns_pairs() -> None:
     angle = positions.double()[..., None, None] / 10_000 ** (torch.arange(3, dtype=torch.float64) / 3)
     turned = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angle), angle)
     close(rotate(x, positions), torch.cat((turned.real, turned.imag), dim=-1), 1e-5)
+    slow = positions.double()[..., None, None] / 100 ** (torch.arange(3, dtype=torch.float64) / 3)
+    close(rotate(x, positions, 100.0)[..., :3], x[..., :3] * slow.cos() - x[..., 3:] * slow.sin(), 1e-5)
     q, k = randn(1, 1, 6, seed=4), randn(1, 1, 6, seed=5)
     products = [(rotate(q, torch.tensor([i])) * rotate(k, torch.tensor([j]))).sum() for i, j in ((9, 4), (30, 25), (5, 0), (9, 5))]
     close(products[0], products[1], 1e-5)
@@ -238,18 +264,20 @@ DECODERS = [
     SMALL,
     replace(SMALL, norm_place="post", activation="gelu", tied=True),
     replace(SMALL, activation="silu", positions="sinusoidal", tied=True, bias=False),
-    replace(SMALL, norm_place="post", activation="relu2", positions="none", bias=False),
+    replace(SMALL, norm_place="post", activation="relu2", positions="none", bias=False, head_bias=True),
+    replace(SMALL, embedding="unit"),
 ]
 
 
-@pytest.mark.parametrize("config", DECODERS, ids=lambda config: f"{config.norm_place}-{config.activation}-{config.positions}")
+@pytest.mark.parametrize("config", DECODERS, ids=lambda config: f"{config.norm_place}-{config.activation}-{config.positions}-{config.embedding}")
 def test_decoder_equals_torch_layers(config: DecoderConfig) -> None:
     """Run by run: nn.Embedding, nn.TransformerEncoderLayer with a causal mask, nn.LayerNorm, nn.Linear; logits to 1e-10."""
     model, tokens = filled(Decoder(config, 11, T, (R,))), torch.randint(11, (R, B, T), generator=generator(3))
     logits = model.logits(model(tokens)[0])
     for r in range(R):
         own = {name: p[r].detach() for name, p in model.named_parameters()}
-        x = own["embedding.weight"][tokens[r]]
+        table = own["embedding.weight"] if config.embedding == "trained" else model.embedding.weight
+        x = table[tokens[r]]
         if config.positions == "learned":
             x = x + own["position.weight"]
         elif config.positions == "sinusoidal":
@@ -258,7 +286,7 @@ def test_decoder_equals_torch_layers(config: DecoderConfig) -> None:
             x = torch_layer(config, block, own)(x, src_mask=nn.Transformer.generate_square_subsequent_mask(T, dtype=x.dtype), is_causal=True)
         if config.norm_place == "pre":
             x = F.layer_norm(x, (8,), own["norm.weight"], own["norm.bias"])
-        close(logits[r], x @ (own["embedding.weight"].mT if config.tied else own["head.weight"]), 1e-10)
+        close(logits[r], x @ (table.mT if config.tied else own["head.weight"]) + own.get("head.bias", 0), 1e-10)
 
 
 def torch_layer(config: DecoderConfig, block: str, own: dict[str, Tensor]) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shoal.config import optimizers as configs
 from shoal.contracts import Optimizer, Params, State
+from shoal.train.fleet import parameter_groups
 from shoal.train.optimizers import Muon, build, clip_scale, gradient_norm, newton_schulz
 
 R = 3
@@ -234,16 +235,34 @@ def test_works_on_slices_of_one_buffer(case: str, compiled: bool) -> None:
     assert (buffer == 7.0).all()
 
 
-def test_decay_of_matrices_only() -> None:
-    hyper = hyper_of("adamw") | {"wd": torch.tensor([0.5, 1.0, 2.0])}
-    params, grads = ({"decayed": torch.randn(R, 9, generator=g), "undecayed": torch.randn(R, 4, generator=g)} for g in (generator(1), generator(2)))
-    alone = {"undecayed": params["undecayed"].clone()}, {"decayed": params["decayed"].clone()}
-    for own, wd in zip(alone, (torch.zeros(R), hyper["wd"]), strict=True):
-        optimizer = build(configs.AdamW(decay="all"))
-        optimizer.update(own, grads, optimizer.init(own), hyper | {"wd": wd}, torch.tensor(0), torch.ones(R, dtype=torch.bool))
-    optimizer = build(configs.AdamW(decay="matrices"))
-    optimizer.update(params, grads, optimizer.init(params), hyper, torch.tensor(0), torch.ones(R, dtype=torch.bool))
-    assert params["undecayed"].equal(alone[0]["undecayed"]) and params["decayed"].equal(alone[1]["decayed"])
+@pytest.mark.parametrize("config", [configs.SGD(), configs.Adam(), configs.AdamW(), configs.Adagrad(), configs.Muon()], ids=lambda c: type(c).__name__)
+def test_the_undecayed_group_is_spared(config: Any) -> None:
+    """It moves as without decay; the other vector as with it."""
+    other = "rest" if isinstance(config, configs.Muon) else "flat"
+    params, grads = ({other: torch.randn(R, 9, generator=g), "undecayed": torch.randn(R, 4, generator=g)} for g in (generator(1), generator(2)))
+    hyper = {name: torch.full((R,), value) for name, value in vars(config).items() if isinstance(value, float)}
+    decay = "adam_wd" if other == "rest" else "wd"
+    ends = []
+    for wd in (0.0, 0.5):
+        own = {name: p.clone() for name, p in params.items()}
+        optimizer = build(config)
+        state = optimizer.init(own)
+        for step in range(3):  # Adam's first is a matter of signs
+            scaled = {name: g * (step + 1) for name, g in grads.items()}
+            optimizer.update(own, scaled, state, hyper | {decay: torch.full((R,), wd)}, torch.tensor(step), torch.ones(R, dtype=torch.bool))
+        ends.append(own)
+    assert ends[0]["undecayed"].equal(ends[1]["undecayed"]) and not ends[0]["undecayed"].equal(params["undecayed"])
+    assert (ends[0][other] != ends[1][other]).all()
+
+
+def test_groups() -> None:
+    """By rank where only matrices decay, and as the model says; Muon's matrices one by one; empty groups are not there."""
+    shapes = {"up": (4, 6), "bias": (6,), "A_log": (6, 2), "down": (6, 4)}
+    assert parameter_groups(configs.AdamW(), shapes, ["up"]) == {"flat": ["up", "bias", "A_log", "down"]}
+    assert parameter_groups(configs.AdamW(decay="matrices"), shapes, [], ["A_log"]) == {"flat": ["up", "down"], "undecayed": ["bias", "A_log"]}
+    assert parameter_groups(configs.SGD(), shapes, [], ["A_log"]) == {"flat": ["up", "bias", "down"], "undecayed": ["A_log"]}
+    muon = parameter_groups(configs.Muon(), shapes, ["up", "down"], ["A_log"])
+    assert muon == {"up": ["up"], "down": ["down"], "rest": ["bias"], "undecayed": ["A_log"]}
 
 
 @pytest.mark.parametrize("step", [0, 1, 1000, 1_000_000, 30_000_000])
