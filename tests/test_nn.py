@@ -265,18 +265,18 @@ DECODERS = [
     replace(SMALL, norm_place="post", activation="gelu", tied=True),
     replace(SMALL, activation="silu", positions="sinusoidal", tied=True, bias=False),
     replace(SMALL, norm_place="post", activation="relu2", positions="none", bias=False, head_bias=True),
-    replace(SMALL, embedding="unit"),
+    replace(SMALL, token_embedding="unit"),
 ]
 
 
-@pytest.mark.parametrize("config", DECODERS, ids=lambda config: f"{config.norm_place}-{config.activation}-{config.positions}-{config.embedding}")
+@pytest.mark.parametrize("config", DECODERS, ids=lambda config: f"{config.norm_place}-{config.activation}-{config.positions}-{config.token_embedding}")
 def test_decoder_equals_torch_layers(config: DecoderConfig) -> None:
     """Run by run: nn.Embedding, nn.TransformerEncoderLayer with a causal mask, nn.LayerNorm, nn.Linear; logits to 1e-10."""
     model, tokens = filled(Decoder(config, 11, T, (R,))), torch.randint(11, (R, B, T), generator=generator(3))
     logits = model.logits(model(tokens)[0])
     for r in range(R):
         own = {name: p[r].detach() for name, p in model.named_parameters()}
-        table = own["embedding.weight"] if config.embedding == "trained" else model.embedding.weight
+        table = own["embedding.weight"] if config.token_embedding == "trained" else model.embedding.weight
         x = table[tokens[r]]
         if config.positions == "learned":
             x = x + own["position.weight"]

@@ -28,7 +28,7 @@ class DecoderConfig:
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
     rotary_base: float = 10_000.0
     bias: bool = True  # in the linear layers
-    embedding: Literal["trained", "unit"] = "trained"  # unit: fixed rows of length 1 (numpy's RandomState(0)), the same for every run
+    token_embedding: Literal["trained", "unit"] = "trained"  # unit: fixed rows of length 1 (numpy's RandomState(0)), the same for every run
     tied: bool = False  # the head is the embedding, transposed
     head_bias: bool = False
     dropout: PerRun[float] = 0.0
@@ -54,6 +54,11 @@ class DecoderConfig:
             self.positions != "rotary" or self.width // self.num_heads % 2 == 0,
             "positions",
             f"rotary positions need an even head width, not {self.width // self.num_heads}",
+        )
+        check(
+            "s4d" not in self.mixers or self.state_size % 2 == 0,
+            "state_size",
+            f"the states of s4d come in pairs, real and imaginary part: make it even, not {self.state_size}",
         )
         check(0 <= self.dropout < 1, "dropout", f"must lie in [0, 1), not {self.dropout}")
         _check_scales(self, "embedding_std", "init_std", "init_scale")

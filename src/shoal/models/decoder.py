@@ -78,7 +78,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, vocab_size: int, max_length: int, lead: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.config, self.vocab_size, self.max_length = config, vocab_size, max_length
-        self.embedding = Embedding(vocab_size, config.width, lead=lead) if config.embedding == "trained" else UnitEmbedding(vocab_size, config.width)
+        self.embedding = Embedding(vocab_size, config.width, lead=lead) if config.token_embedding == "trained" else UnitEmbedding(vocab_size, config.width)
         self.position = Embedding(max_length, config.width, lead=lead) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, index, lead) for index in range(config.num_layers))
         self.norm = _norm(config, lead) if config.norm_place == "pre" else nn.Identity()

@@ -22,6 +22,7 @@ FLOAT32, BFLOAT16, FLOAT64 = "float32", "bfloat16", "float64 loss"
 STABLE32, STABLE16 = "float32 StableMax", "bfloat16 StableMax"
 DECAY32, DECAY16 = "float32 wd 1", "bfloat16 wd 1"
 PARITY = (0.8, 1.25)
+EPSILON = 1e-25  # of Adam: with the usual 1e-8 it is the optimizer that stops, once gradients are some 1e-12 a weight, and not the number format
 BEST = "best.val/accuracy"
 
 
@@ -44,7 +45,7 @@ def full() -> StudyConfig:
     run = RunConfig(
         task=ModularConfig(p=113, operation="add", operator_token=False, train_fraction=0.5, val_fraction=0.5, test_fraction=0.0),
         model=EmbeddingMLPConfig(num_inputs=2, embedding=100, hidden=(200, 200), embedding_std=0.05),  # small, as a one-hot input's first layer is
-        optimizer=AdamW(lr=1e-3, wd=0.0, beta2=0.98),
+        optimizer=AdamW(lr=1e-3, wd=0.0, beta2=0.98, eps=EPSILON),
         steps=10_000,
         batch_size=0,
         stop_metric="val/accuracy",
@@ -61,7 +62,7 @@ def quick() -> StudyConfig:
         run,
         task=replace(run.task, p=31, train_fraction=0.8, val_fraction=0.2),
         model=EmbeddingMLPConfig(num_inputs=2, embedding=50, hidden=(100, 100), embedding_std=0.05),
-        optimizer=AdamW(lr=3e-3, wd=0.0, beta2=0.98),
+        optimizer=AdamW(lr=3e-3, wd=0.0, beta2=0.98, eps=EPSILON),
         steps=1_500,
         evaluate_every=25,
         log_every=25,

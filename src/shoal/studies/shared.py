@@ -68,7 +68,8 @@ def small_run(steps: int = 1_500, **changes: Any) -> RunConfig:
 def delay(rows: Rows, metric: str = "val/accuracy", threshold: float = GROKKED) -> Sample:
     """Steps from the threshold on the training rows (first hit) to the same on the others (sustained); 0 where the others came first.
 
-    Censored where the second never came: survival, one value per run.
+    Censored where the second never came: survival, one value per run. A run that never learned its training rows is censored at 0: it counts in n and says
+    nothing more, so a median is of those that learned them.
     """
     learned, _ = rows.reached(training(metric), threshold, sustained=1)
     known, observed = rows.reached(metric, threshold)
