@@ -1,23 +1,50 @@
 #!/usr/bin/env bash
-# Everything the log reports of one GPU, in the order of worth; about 25 minutes on an H100. Writes into $OUT (default: runs/gpu).
-# Each part may be cut short: studies resume with the same command, and their reports say how far they came.
+# Everything the log reports of GPUs. `benchmarks/h100.sh [spine] [grokking] [recall]`: these parts, or all; writes into $OUT (default: runs/gpu).
+# On one H100 about 25 minutes for the spine, 45 for grokking, 20 for recall; on several GPUs the studies of a part take turns, one GPU each.
+# Each study may be cut short: it resumes with the same command, and its report says how far it came.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/gpu}
 mkdir -p "$OUT"
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+GPUS=$(nvidia-smi --list-gpus | wc -l)
 
-study() { # seconds, then what follows `shoal run`
-    timeout -s INT "$1" "$PYTHON" -W ignore -m shoal run "${@:2}" || echo "cut short: shoal run ${*:2}"
+study() { # seconds, name of its directory, then what follows `shoal run`
+    timeout -s INT "$1" "$PYTHON" -W ignore -m shoal run "${@:3}" --out "$OUT/$2" || echo "cut short: shoal run ${*:3}"
 }
 
-study 300 arithmetic --preset full --out "$OUT/arithmetic"
-"$PYTHON" -W ignore benchmarks/throughput.py --device cuda --runs 1 8 64 256 1024 --precision float32 --forms compiled --plain eager compiled \
-    --evaluated 64 --seconds 0.6 --json "$OUT/float32.json"
-timeout 200 "$PYTHON" -m pytest -q -m gpu tests/gpu
-study 480 grokking --preset fig1 --out "$OUT/grokking-fig1"
-study 240 grokking --preset paper --seeds 64 --out "$OUT/grokking-paper"
-"$PYTHON" -W ignore benchmarks/throughput.py --device cuda --runs 1 8 64 256 1024 --precision bfloat16 --forms compiled eager --plain eager compiled \
-    --evaluated 64 --seconds 0.6 --json "$OUT/bfloat16.json"
+throughput() { # precision, forms
+    "$PYTHON" -W ignore benchmarks/throughput.py --device cuda --runs 1 8 64 256 1024 --precision "$1" --forms "${@:2}" --plain eager compiled \
+        --evaluated 64 --seconds 0.6 --json "$OUT/$1.json"
+}
+
+spine() {
+    study 300 arithmetic arithmetic --preset full
+    throughput float32 compiled
+    timeout 600 "$PYTHON" -m pytest -q -m gpu tests/gpu
+    study 480 grokking-fig1 grokking --preset fig1
+    study 240 grokking-paper grokking --preset paper --seeds 64
+    throughput bfloat16 compiled eager
+}
+
+in_turn() { # seconds, then names of studies: as many at once as there are GPUs; workers pay while fleets compile
+    local limit=$1 gpu
+    shift
+    for ((gpu = 0; gpu < GPUS; gpu++)); do
+        (for ((i = gpu + 1; i <= $#; i += GPUS)); do CUDA_VISIBLE_DEVICES=$gpu study "$limit" "${!i}" "${!i}" --preset full --workers 4; done) &
+    done
+    wait
+}
+
+grokking() {
+    in_turn 900 grokking-{heatmap,ablations,interventions,tokens,mixtures,fractions,optimizers,operations,init,progress,stability}
+}
+
+recall() {
+    "$PYTHON" -W ignore benchmarks/scan_h100.py
+    in_turn 900 recall-{induction,capacity,state,width,mamba-paper}
+}
+
+for part in "${@:-spine grokking recall}"; do for one in $part; do "$one"; done; done
 for directory in "$OUT"/*/; do "$PYTHON" -m shoal report "$directory"; done
