@@ -170,7 +170,7 @@ def test_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 BAD = {
     "rum": "unknown command 'rum'; did you mean run?",
-    "--foo": "unknown command '--foo'; known here: list, run, train, generate, report, data",
+    "--foo": "unknown command '--foo'; known here: list, run, train, generate, report, data, verify",
     "list extra": "Unrecognized options: extra; see shoal list --help",
     "list --foo 3": "--foo: unknown option; known here: help",
     "run": "Missing from shoal run: STUDY a name from `shoal list` (required); see shoal run --help",
@@ -209,10 +209,16 @@ BAD = {
     "generate runs/toy --prompt x --seed -1": "--seed: is a whole number from 0 to 2**31 - 1, not -1",
     "generate runs/toy --prompt x --temprature 1": "--temprature: unknown option; did you mean temperature?",
     "report": "Missing from shoal report: DIR where the study was written (required); see shoal report --help",
-    "data": "Missing from shoal data: modular a op b = c modulo p (required) --out FILE.tsv columns a, op, b, result, split (required); see shoal data --help",
-    "data mod --out x.tsv": "invalid choice 'mod' for argument 'task'. Expected one of ('modular',); see shoal data --help",
+    "data": "Missing from shoal data: TASK modular, recall or mqar (required) "
+    "--out FILE.tsv columns a, op, b, result, split; or sequence, positions, answers (required); "
+    "see shoal data --help",
+    "data mod --out x.tsv": "invalid choice 'mod' for argument 'task'. Expected one of ('modular', 'recall', 'mqar'); see shoal data --help",
     "data modular --out nowhere/x.tsv": "--out: there is no directory nowhere",
     "data modular --out .": "--out: . is a directory; name a file in it",
+    "data recall --out x.tsv --num-queries 17": "num_queries: must lie between 1 and the 16 tokens, not 17",
+    "data recall --out x.tsv --lenght 7": "--lenght: unknown option; did you mean length?",
+    "data mqar --out x.tsv --input-seq-len 63": "input_seq_len: must be even, not 63",
+    "data mqar --out x.tsv --num-pairs 7": "--num-pairs: unknown option; did you mean num_kv_pairs?",
     "data modular --out x.tsv --operatoin add": "--operatoin: unknown option; did you mean operation?",
     "data modular --out x.tsv --p 1": "p: the modulus must be 2 or more, not 1",
     "data modular --out x.tsv --operation dvi": "operation: unknown operation 'dvi'; did you mean 'div'?",

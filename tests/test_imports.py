@@ -27,7 +27,8 @@ MAY_IMPORT = {  # room -> other rooms of shoal
     "train": CONTRACTS | {"nn", "mixers", "models", "data", "tasks"},
     "inference": CONTRACTS | {"nn", "mixers", "models", "data", "tasks", "train"},
     "studies": CONTRACTS | {"nn", "mixers", "models", "data", "tasks", "train", "inference", "results"},
-    "cli": CONTRACTS | {"data", "tasks", "train", "inference", "results", "studies"},
+    "verify": CONTRACTS | {"nn", "mixers"},
+    "cli": CONTRACTS | {"data", "tasks", "train", "inference", "results", "studies", "verify"},
     "__main__": {"cli"},
     "__init__": set(),
 }

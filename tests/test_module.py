@@ -388,7 +388,7 @@ def test_every_optimizer_and_precision_of_a_study_is_tried(tmp_path: Path) -> No
 def test_what_fails_in_training_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a trial on the CPU cannot see, as on a GPU a tensor left on the CPU."""
     monkeypatch.setattr(own_models.Plain, "mix", lambda self, x: x)
-    monkeypatch.setattr(driver, "validate", lambda run: monkeypatch.setattr(own_models.Plain, "mix", lambda self, x: x @ torch.ones(3)))
+    monkeypatch.setattr(driver, "validate", lambda run, device: monkeypatch.setattr(own_models.Plain, "mix", lambda self, x: x @ torch.ones(3)))
     with pytest.raises(ConfigError, match=r"model: own_models:Plain fails in .*(line \d+).*; make what it creates on its input's device"):
         driver.train(replace(MODULAR, model=own("Plain"), steps=2), tmp_path / "out", device="cpu")
 

@@ -33,6 +33,7 @@ SMALL = {
     "run.log_every": 2,
     "seeds": 2,
 }
+RECALL = {"run.batch_size": 8, "run.task.length": 12, "run.task.test_size": 32, "grid.optimizer.lr": [0.01]}
 SHRUNKEN: dict[str, dict[str, Any]] = {
     "sanity": {"run.task.strings": ["hello", "help me"]},
     "arithmetic": {"run.batch_size": 16, "grid.task.p": [7, 11], "grid.task.operation": ["add", "sub"]},
@@ -54,10 +55,15 @@ SHRUNKEN: dict[str, dict[str, Any]] = {
         "run.task.p": 7,
         "run.snapshots": [0, 4],
     },
+    "recall-induction": {"variants": ["rotary", "Mamba"], **RECALL},
+    "recall-capacity": {"variants": ["rotary", "hybrid"], **RECALL},
+    "recall-width": {"variants": ["16 queries", "16 queries delay 10"], **RECALL},
+    "recall-state": {"grid.model.width": [8, 16], "grid.model.state_size": [2, 4], **RECALL},
+    "recall-mamba-paper": {"variants": ["rotary", "Mamba"], **RECALL},
 }
 
 
-STAGED = ("grokking-optimizers",)  # whose first runs are not its config's
+STAGED = ("grokking-optimizers", *(name for name in STUDIES if name.startswith("recall-")))  # whose first runs are not its config's
 
 
 def shrunken(name: str, **changes: Any) -> StudyConfig:

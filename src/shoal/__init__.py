@@ -13,7 +13,8 @@ from typing import Any
 _HOME = {
     "shoal.config": (
         "RunConfig", "StudyConfig", "Schedule", "Seeds", "PerRun",
-        "ModularConfig", "MemorizeConfig", "DecoderConfig", "EmbeddingMLPConfig", "ModuleConfig", "SGD", "Adam", "AdamW", "Adagrad", "Muon",
+        "ModularConfig", "MemorizeConfig", "RecallConfig", "MQARConfig", "DecoderConfig", "EmbeddingMLPConfig", "ModuleConfig",
+        "SGD", "Adam", "AdamW", "Adagrad", "Muon",
     ),
     "shoal.config.fields": ("ConfigError",),
     "shoal.studies.study": ("Study", "grid"),

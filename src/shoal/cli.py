@@ -8,6 +8,7 @@ and tells you, with statistics, what they learned.
   shoal generate runs/sanity --prompt "I love"      text from a trained run
   shoal report runs/grokking                        write a study's report again
   shoal data modular --p 97 --out table.tsv         a task's data as a table
+  shoal verify                                      check the scan and the mixers against independent code
 
 `shoal COMMAND --help` tells the options of a command.
 
@@ -21,7 +22,7 @@ Settings  Any field is set by its dotted path: --run.optimizer.lr 3e-3. --run.op
           --run.evaluate "[train, val]"; a flag alone means true. In `train` and `data` paths start at
           the run and at the task: --optimizer.lr 3e-3, --p 113.
 Output    Results go to standard output, progress and notes to standard error. Exit code 2: change what
-          was asked, one line says how. 130: interrupted.
+          was asked, one line says how. 1: `verify` found something wrong. 130: interrupted.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from shoal.config import ModularConfig, RunConfig, StudyConfig, fields_per_run, flatten
+from shoal.config import ModularConfig, MQARConfig, RecallConfig, RunConfig, StudyConfig, fields_per_run, flatten
+from shoal.config.core import type_name
 from shoal.config.fields import ConfigError, check
 from shoal.config.load import load_run, nearest, override, parse_overrides
 
@@ -59,7 +61,7 @@ Device = Literal["auto", "cpu", "cuda"]
 class List:
     """The studies: what each asks, and its presets. Example: shoal list"""
 
-    target: ClassVar = None
+    target: ClassVar = ()
 
     def __call__(self) -> None:
         from shoal.studies import STUDIES
@@ -79,7 +81,7 @@ class Run:
     Example: shoal run grokking --seeds 8
     """
 
-    target: ClassVar = StudyConfig
+    target: ClassVar = (StudyConfig,)
     study: Annotated[Positional[str], arg(metavar="STUDY")]  # a name from `shoal list`
     preset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: by device)")] = None  # one of the study's presets
     seeds: Annotated[str | None, arg(metavar="N", help_behavior_hint="(default: the preset's)")] = None  # how many seeds
@@ -117,7 +119,7 @@ class Train:
     Example: shoal train gpt.yaml --steps 2000
     """
 
-    target: ClassVar = RunConfig
+    target: ClassVar = (RunConfig,)
     config: Annotated[Positional[Path], arg(metavar="CONFIG.yaml")]  # fields of a run; what is not there has its default
     device: Device = "auto"  # where to train
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/CONFIG)")] = None  # directory for the results
@@ -135,7 +137,7 @@ class Generate:
     Example: shoal generate runs/sanity --prompt "I love"
     """
 
-    target: ClassVar = None
+    target: ClassVar = ()
     run: Annotated[Positional[str], arg(metavar="RUN")]  # DIR or DIR:ID
     prompt: Annotated[str, arg(metavar="TEXT")]  # what the model reads first
     tokens: Annotated[int, arg(metavar="N")] = 0  # how many at most; 0 = as far as the model's positions reach
@@ -159,7 +161,7 @@ class Report:
     Example: shoal report runs/grokking
     """
 
-    target: ClassVar = None
+    target: ClassVar = ()
     directory: Annotated[Positional[Path], arg(metavar="DIR")]  # where the study was written
 
     def __call__(self) -> None:
@@ -168,31 +170,52 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Write a task's data as a table, and print its counts and the split's hash. Any field of the task can be set: --p 113 --train-fraction 0.3.
+    """Write a task's data as a table, and print its counts and hash. Any field of the task can be set: --p 113 --train-fraction 0.3.
 
-    Operations: residues modulo p are numbers, and the permutations of S5 the images of 0 to 4; div+mul is one table of both.
+    modular: a op b = c, all rows, with their splits. Residues modulo p are numbers, permutations of S5 the images of 0 to 4; div+mul is one table of both.
+    recall, mqar: the test sequences of a seed, the positions that are asked (from 0), and the answers.
 
     Example: shoal data modular --p 97 --operation div+mul --split paired --out table.tsv
     """
 
-    target: ClassVar = ModularConfig
-    task: Annotated[Positional[Literal["modular"]], arg(metavar="modular")]  # a op b = c modulo p
-    out: Annotated[Path, arg(metavar="FILE.tsv")]  # columns a, op, b, result, split
-    seed: Annotated[int, arg(metavar="N")] = 0  # of the split
+    target: ClassVar = (ModularConfig, RecallConfig, MQARConfig)
+    task: Annotated[Positional[Literal["modular", "recall", "mqar"]], arg(metavar="TASK")]  # modular, recall or mqar
+    out: Annotated[Path, arg(metavar="FILE.tsv")]  # columns a, op, b, result, split; or sequence, positions, answers
+    seed: Annotated[int, arg(metavar="N")] = 0  # of the split, or of the test sequences
 
     def __call__(self, overrides: Mapping[str, Any], command: str) -> None:
         check(0 <= self.seed < 2**31, "--seed", f"is a whole number from 0 to 2**31 - 1, not {self.seed}")
-        config = override(ModularConfig(), overrides)
+        config = override({type_name(kind): kind for kind in self.target}[self.task](), overrides)
         check(not self.out.is_dir(), "--out", f"{self.out} is a directory; name a file in it")
         check(self.out.parent.is_dir(), "--out", f"there is no directory {self.out.parent}")
-        from shoal.tasks.modular import export
+        from shoal.tasks import export
 
         facts = export(config, self.seed, self.out)
-        for name, value in (*((name, facts[name]) for name in facts if name != "notes"), *(("note", note) for note in facts["notes"])):
+        for name, value in (*((name, facts[name]) for name in facts if name != "notes"), *(("note", note) for note in facts.get("notes", ()))):
             print(f"{name}: {value}")
 
 
-COMMANDS: dict[str, Any] = {"list": List, "run": Run, "train": Train, "generate": Generate, "report": Report, "data": Data}
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Is what is installed right? Compares every form of the selective scan with a loop in float64, every mixer with itself run by run and token by
+    token, and Mamba with that of transformers and mambapy where these are installed. Exit code 1 if anything is off.
+
+    Example: shoal verify
+    """
+
+    target: ClassVar = ()
+
+    def __call__(self) -> None:
+        from shoal.verify import checks, table
+
+        found = list(checks())
+        print(table(found))
+        wrong = [check.name for check in found if not check.ok]
+        if wrong:
+            raise SystemExit(_stop(f"not as it should be: {'; '.join(wrong)}", 1))
+
+
+COMMANDS: dict[str, Any] = {"list": List, "run": Run, "train": Train, "generate": Generate, "report": Report, "data": Data, "verify": Verify}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -222,16 +245,16 @@ def _dispatch(args: list[str]) -> None:
     command = _pick(args[0], COMMANDS, "command")
     ours, theirs = _split(args[1:], command)
     parsed = _parse(command, args[0], ours)
-    if command.target is None:
+    if not command.target:
         parsed()
     else:
         parsed(parse_overrides(theirs), shlex.join(["shoal", *args]))
 
 
 def _split(args: list[str], command: Any) -> tuple[list[str], list[str]]:
-    """The command's own arguments, and all the other ``--a.b value`` for a command that has a ``target`` to override."""
+    """The command's own arguments, and all the other ``--a.b value`` for a command that has a ``target`` (or one of several) to override."""
     options = {f.name: "bool" not in str(f.type) for f in fields(command)} | {"help": False}  # name -> takes a value
-    settings = [f.name for f in fields(command.target)] if command.target else []
+    settings = [f.name for target in command.target for f in fields(target)]
     ours: list[str] = []
     theirs: list[str] = []
     while args:
@@ -240,7 +263,7 @@ def _split(args: list[str], command: Any) -> tuple[list[str], list[str]]:
         name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
         near = nearest(name, [*options, *settings])
         unknown = name and name not in options and name not in settings
-        if unknown and (command.target is None or ("." not in name and near.startswith("did you mean"))):
+        if unknown and (not command.target or ("." not in name and near.startswith("did you mean"))):
             raise ConfigError(flag, f"unknown option; {near}")
         takes_value = bool(name and not equals and args and not args[0].startswith("--") and options.get(name, True))
         (ours if not name or name in options else theirs).extend([head, *args[:takes_value]])

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from laws import close, filled, generator, same
-from laws_training import FLEETS, MODULAR, assert_alike, eight, everything, facts, finished
+from laws_training import FLEETS, MODULAR, assert_alike, eight, everything, facts, finished, task_cases, task_of
 from torch import Tensor
 
-from shoal import rng
+from shoal import rng, tasks
 from shoal.config import AdamW, DecoderConfig, Muon, RunConfig
 from shoal.contracts import Context
 from shoal.mixers.attention import MAX_ROWS, Attention
@@ -54,6 +54,20 @@ def test_draws_are_the_same_integers(name: str) -> None:
             assert all(a is b is None or isinstance(b, slice) or same(a.cpu(), b) for a, b in zip(*batches, strict=True))
     x, rate, keys = torch.randn(8, 6, 5, 16, generator=generator()), torch.linspace(0, 0.9, 8), rng.fold(here.noise_key[:, None], torch.arange(6))
     assert same(dropout(x.to(DEVICE), keys.to(DEVICE), rate.to(DEVICE), 3).cpu() == 0, dropout(x, keys, rate, 3) == 0)
+
+
+@pytest.mark.parametrize("name", [name for name in task_cases() if "train" not in tasks.build(task_cases()[name][0]).splits])
+def test_drawn_rows_are_the_same_integers(name: str) -> None:
+    """Of tasks without a table: in training, plain and compiled, and in evaluations."""
+    (task, here, keys), (_, there, _) = task_of(task_cases()[name]), task_of(task_cases()[name], DEVICE)
+    torch.compiler.reset()
+    pairs = []
+    for draw in (task.batch, torch.compile(task.batch, fullgraph=True, dynamic=False)):
+        for step in (0, 10**6):
+            pairs.append((draw(there, keys.to(DEVICE), torch.tensor(step, device=DEVICE), 33), task.batch(here, keys, torch.tensor(step), 33)))
+    for split in task.splits:
+        pairs += zip(task.evaluation(there, split, 5), task.evaluation(here, split, 5), strict=True)
+    assert all(a is b is None or isinstance(b, slice) or same(a.cpu(), b) for pair in pairs for a, b in zip(*pair, strict=True))
 
 
 @every_fleet

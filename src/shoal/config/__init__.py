@@ -9,7 +9,7 @@ it changes shapes or code, so runs that differ in it train in different fleets. 
 from shoal.config.core import PerRun, RunConfig, Schedule, Seeds, StudyConfig, fields_per_run, flatten, run_id, with_seed, with_values
 from shoal.config.models import DecoderConfig, EmbeddingMLPConfig, ModelConfig, ModuleConfig
 from shoal.config.optimizers import SGD, Adagrad, Adam, AdamW, Gradient, Muon, OptimizerConfig, Weights
-from shoal.config.tasks import MemorizeConfig, ModularConfig, TaskConfig
+from shoal.config.tasks import MemorizeConfig, ModularConfig, MQARConfig, RecallConfig, TaskConfig
 
 __all__ = [
     "SGD",
@@ -19,6 +19,7 @@ __all__ = [
     "DecoderConfig",
     "EmbeddingMLPConfig",
     "Gradient",
+    "MQARConfig",
     "MemorizeConfig",
     "ModelConfig",
     "ModularConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "Muon",
     "OptimizerConfig",
     "PerRun",
+    "RecallConfig",
     "RunConfig",
     "Schedule",
     "Seeds",

@@ -26,6 +26,7 @@ OPERATIONS = {  # name -> what it says; x and y are residues modulo p, or permut
     "s5_sandwich": "x y x in S5",
 }
 S5_SIZE = 120
+LONGEST = 2**20  # tokens of a sequence: the smallest piece of an evaluation, 16 of them, then takes gigabytes already
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,4 +103,54 @@ class ModularConfig:
         return S5_SIZE if self.permutations else self.p
 
 
-TaskConfig = MemorizeConfig | ModularConfig
+@dataclass(frozen=True, kw_only=True)
+class RecallConfig:
+    """Associative recall: which token stood ``delay`` places after the earlier q? The last token asks it."""
+
+    num_tokens: int = 16  # K
+    length: int = 32  # L, tokens of a training sequence, the query included
+    num_queries: PerRun[int] = 1  # M: q is one of the tokens 0 .. M-1
+    delay: PerRun[int] = 1  # tau: the answer stands so many places after q
+    value_excludes_query: bool = False  # True: the answer is never q itself, which otherwise happens in 1 of K sequences
+    train_lengths: Literal["fixed", "uniform"] = "fixed"  # uniform: each training sequence has a length of its own, uniform in delay + 2 .. length
+    longest: int = 3  # a model must be able to read, and evaluations go to, longest x length tokens
+    test_size: int = 2000  # sequences of each evaluated length
+
+    def __post_init__(self) -> None:
+        check(self.num_tokens >= 2, "num_tokens", f"recall needs 2 tokens or more, not {self.num_tokens}")
+        check(1 <= self.num_queries <= self.num_tokens, "num_queries", f"must lie between 1 and the {self.num_tokens} tokens, not {self.num_queries}")
+        check(3 <= self.length <= LONGEST, "length", f"must be 3 (q, its answer, the query) to {LONGEST:,} (what fits into memory), not {self.length:,}")
+        last = self.length - 2
+        check(1 <= self.delay <= last, "delay", f"with {self.length} tokens, the query one of them, it may be 1 to {last}, not {self.delay}; or raise length")
+        most = LONGEST // self.length
+        check(1 <= self.longest <= most, "longest", f"must be 1 to {most:,} (what fits into memory at length {self.length:,}), not {self.longest:,}")
+        check(self.test_size >= 1, "test_size", f"must be 1 or more, not {self.test_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MQARConfig:
+    """Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): pairs of a key and a value, then every key asked for once.
+
+    The arguments are those of ``multiquery_ar`` in HazyResearch/zoology, under the same names.
+    """
+
+    vocab_size: int = 8192  # 0 is blank, keys come from the lower half, values from the upper
+    num_kv_pairs: int = 8
+    input_seq_len: int = 64
+    power_a: float = 0.01  # a query falls into the j-th place after the pairs with weight j^(power_a - 1); 1 = all places alike
+    random_non_queries: bool = True  # random tokens between the queries, not blanks
+    test_size: int = 3000  # sequences of each evaluated number of pairs
+
+    def __post_init__(self) -> None:
+        check(self.num_kv_pairs >= 1, "num_kv_pairs", f"must be 1 or more, not {self.num_kv_pairs}")
+        check(self.input_seq_len % 2 == 0, "input_seq_len", f"must be even, not {self.input_seq_len}")
+        needed = 4 * self.num_kv_pairs
+        fix = f"{self.num_kv_pairs} pairs and their queries, each with a place after it, need {needed} tokens or more, not {self.input_seq_len}"
+        check(needed <= self.input_seq_len, "input_seq_len", fix)
+        check(self.input_seq_len <= LONGEST, "input_seq_len", f"may be at most {LONGEST:,} (what fits into memory), not {self.input_seq_len:,}")
+        check(self.vocab_size > self.input_seq_len, "vocab_size", f"must be above input_seq_len, {self.input_seq_len}; {self.vocab_size} is too small")
+        check(0 <= self.power_a < float("inf"), "power_a", f"must be a finite number of 0 or more, not {self.power_a}")
+        check(self.test_size >= 1, "test_size", f"must be 1 or more, not {self.test_size}")
+
+
+TaskConfig = MemorizeConfig | ModularConfig | RecallConfig | MQARConfig

@@ -54,10 +54,10 @@ class WordTokenizer:
 
 def _look_up(pieces: Sequence[str], ids: Mapping[str, int], kind: str) -> list[int]:
     unknown = [repr(piece) for piece in dict.fromkeys(pieces) if piece not in ids]
-    check(not unknown, "prompt", f"unknown {kind} {_shortened(unknown)}; known: {_shortened(list(map(repr, ids) if kind == 'character' else ids))}")
+    check(not unknown, "prompt", f"unknown {kind} {shortened(unknown)}; known: {shortened(list(map(repr, ids) if kind == 'character' else ids))}")
     return [ids[piece] for piece in pieces]
 
 
-def _shortened(names: Sequence[str]) -> str:
+def shortened(names: Sequence[str]) -> str:
     """All names, or the first and last few of more than forty."""
     return ", ".join(names if len(names) <= 40 else [*names[:5], "...", *names[-5:]])

@@ -1,9 +1,11 @@
-"""Layers with an optional leading run axis, positions, dropout, initialisation."""
+"""Layers with an optional leading run axis, short convolution, selective scan, positions, dropout, initialisation."""
 
+from shoal.nn.convolution import short_convolution
 from shoal.nn.dropout import dropout
 from shoal.nn.init import Constant, Given, Normal, Uniform, initialise
 from shoal.nn.layers import Embedding, LayerNorm, Linear, RMSNorm, UnitEmbedding, joint_linear, linear, select
 from shoal.nn.positions import rotate, sinusoidal
+from shoal.nn.scan import selective_scan
 
 __all__ = [
     "Constant",
@@ -21,5 +23,7 @@ __all__ = [
     "linear",
     "rotate",
     "select",
+    "selective_scan",
+    "short_convolution",
     "sinusoidal",
 ]

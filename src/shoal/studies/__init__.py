@@ -15,4 +15,9 @@ STUDIES = {
     "grokking-heatmap": "shoal.studies.grokking_heatmap",
     "grokking-mixtures": "shoal.studies.grokking_mixtures",
     "grokking-optimizers": "shoal.studies.grokking_optimizers",
+    "recall-induction": "shoal.studies.recall_induction",
+    "recall-capacity": "shoal.studies.recall_capacity",
+    "recall-width": "shoal.studies.recall_width",
+    "recall-state": "shoal.studies.recall_state",
+    "recall-mamba-paper": "shoal.studies.recall_mamba_paper",
 }

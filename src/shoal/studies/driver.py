@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from shoal import tasks
-from shoal.config import ModuleConfig, RunConfig, StudyConfig, flatten, run_id
+from shoal.config import ModularConfig, ModuleConfig, RunConfig, StudyConfig, flatten, run_id
 from shoal.config.fields import ConfigError, check
 from shoal.config.load import structure, unstructure
 from shoal.inference.evaluate import tables_of
@@ -85,7 +85,7 @@ def run(
     check(workers >= 1, "workers", f"must be 1 or more, not {workers}")
     new = _wanted(study, Rows())
     check(bool(new), "study", f"{study.name} wants no runs; give at least one seed and one value for every grid field")
-    notes = _check(study, new.values())
+    notes = _check(study, new.values(), device)
     command = command or f"shoal.run(study, {str(out)!r})  # Python, with the study's definition"
     store = Store.open(out, _record(study, list(new.values()), device, preset, command))
     with store.lock(), FleetProgress(progress) as shown:
@@ -110,7 +110,7 @@ def run(
             # A stage sees the rows of the stages before it and no others, so a resumed study asks for what an uninterrupted one asks for.
             so_far = Rows([row for row in store.rows() if row["id"] in asked])
             new = {identity: config for identity, config in _wanted(study, so_far).items() if identity not in asked}
-            notes = _check(study, new.values())
+            notes = _check(study, new.values(), device)
         return _report(store, study)
 
 
@@ -189,10 +189,10 @@ def _wanted(study: Study, rows: Rows) -> dict[str, RunConfig]:
     return {run_id(config): config for config in runs}
 
 
-def _check(study: Study, runs: Collection[RunConfig]) -> list[str]:
+def _check(study: Study, runs: Collection[RunConfig], device: str) -> list[str]:
     """Whatever these runs have wrong, found before a file is written; and what a reader should be told about their data."""
     for config in {(c.task, c.model, type(c.optimizer), c.precision, c.evaluate, c.stop_metric): c for c in runs}.values():
-        validate(config)
+        validate(config, device)
     metrics = list(dict.fromkeys(f"{split}/{metric}" for config in runs for split in config.evaluate for metric in METRICS))
     lead = study.main_metric.removeprefix("final.").removeprefix("best.")
     check(
@@ -206,7 +206,8 @@ def _check(study: Study, runs: Collection[RunConfig]) -> list[str]:
         tables = tables_of(config, task)
         for split in config.evaluate:
             some = any(bool((batch.weights > 0).any()) for batch in task.evaluation(tables, split, 4096))
-            check(some, "evaluate", f"there are no {split} rows; raise task.{split.partition(':')[0]}_fraction, or leave {split} out of evaluate")
+            fix = f"raise task.{split.partition(':')[0]}_fraction, or " if isinstance(config.task, ModularConfig) else ""
+            check(some, "evaluate", f"there are no {split} rows; {fix}leave {split} out of evaluate")
         notes += [f"note: {note}" for note in task.describe(tables, 0).get("notes", ())]
     return list(dict.fromkeys(notes))
 

@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from shoal.config import DecoderConfig, RunConfig, StudyConfig, with_seed, with_values
+from shoal.config import DecoderConfig, StudyConfig
 from shoal.config.fields import check
 from shoal.results import statistics
 from shoal.results.claims import Claim, Sample
 from shoal.results.comparisons import times, times_against
 from shoal.results.figures import Figure
-from shoal.results.rows import Rows, row_key
+from shoal.results.rows import Rows
 from shoal.results.tables import Table
 from shoal.results.wording import number, setting
 from shoal.studies.shared import GROKKED, Published, paper_run, published_table, ratio, reached_table, small_run, sooner
 from shoal.studies.study import Study, about, cells
+from shoal.studies.tuning import Tuning, edges
 
 BATCH, WIDTH = "batch_size", "model.width"
 TUNING_SEEDS = (1000, 1001, 1002)  # never those that are reported
@@ -84,36 +85,18 @@ def optimizer_of(variant: str) -> str:
     return variant.partition(" ")[0]
 
 
-def wanted(config: StudyConfig, rows: Rows) -> list[RunConfig]:
-    """First every setting on the tuning seeds; then, in each cell, the best of each optimizer on the config's own seeds, named by its optimizer alone."""
-    settings = config.settings()
-    runs = [with_seed(run, seed) for _, run in settings for seed in TUNING_SEEDS]
-    if not rows:
-        return runs
-    tuned = Rows([row for row in rows if row["seeds.split"] in TUNING_SEEDS])
-    groups: dict[str, list[tuple[dict[str, Any], RunConfig]]] = {}
-    for told, run in settings:
-        groups.setdefault(repr({**told, "variant": optimizer_of(run.variant)}), []).append((told, run))
-    for group in groups.values():
-        _, run = min(group, key=lambda tried: order(tuned.where({row_key(path): value for path, value in tried[0].items()})))
-        best = with_values(run, {"variant": optimizer_of(run.variant)})
-        runs += [with_seed(best, config.first_seed + s) for s in range(config.seeds)]
-    return runs
-
-
 def order(rows: Rows) -> tuple[float, float, float]:
     """Small is better: median steps, then the share that never came to 99 %, then what the best accuracy lacks, in the mean. The first of equals is taken."""
     times, observed = rows.reached("val/accuracy", GROKKED)
     return statistics.survival_median(times, observed).value, 1 - float(observed.mean()), 1 - float(np.mean(rows.column("best.val/accuracy")))
 
 
-def fresh(rows: Rows) -> Rows:
-    """Without the runs of the tuning."""
-    return Rows([row for row in rows if row["seeds.split"] not in TUNING_SEEDS])
+TUNING = Tuning(seeds=TUNING_SEEDS, reported=lambda told: {**told, "variant": optimizer_of(told["variant"])}, order=order)
+fresh, wanted = TUNING.fresh, TUNING.wanted
 
 
 def of_fresh(figure: Figure, caption: str) -> Figure:
-    return replace(figure, draw=lambda rows: figure.draw(fresh(rows)), caption=f"{caption} Fresh seeds only. A batch size of 0 is the whole training table.")
+    return replace(TUNING.of_fresh(figure), caption=f"{caption} Fresh seeds only. A batch size of 0 is the whole training table.")
 
 
 def chosen(others: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
@@ -136,10 +119,13 @@ def _line(rows: Rows, cell: dict[str, Any], name: str) -> dict[str, Any]:
     if not mine:
         return line
     values = {path: mine[0][path] for path in ("optimizer.lr", "optimizer.wd", "optimizer.adam_wd") if path in mine[0]}
-    tried = Rows([row for row in rows if optimizer_of(row["variant"]) == name and row["seeds.split"] in TUNING_SEEDS])
+    tried = Rows([row for row in TUNING.tried(rows) if optimizer_of(row["variant"]) == name])
     best = tried.where(values)
-    edges = [path.rpartition(".")[2] for path, value in values.items() if value in (ends := tried.values(path))[:1] + ends[-1:] and len(ends) > 1]
-    line |= {"setting": setting(values), "at the edge of what was tried": ", ".join(edges) or "no", "settings tried": len(tried) // max(len(best), 1)}
+    line |= {
+        "setting": setting(values),
+        "at the edge of what was tried": ", ".join(edges(tried, values)) or "no",
+        "settings tried": len(tried) // max(len(best), 1),
+    }
     line["on tuning seeds"] = statistics.survival_median(*best.reached("val/accuracy", GROKKED)).value
     line["on fresh seeds"] = statistics.survival_median(*mine.reached("val/accuracy", GROKKED))
     if name != SECOND and other:
@@ -177,9 +163,7 @@ def _overall(rows: Rows, others: Sequence[dict[str, Any]]) -> Sample:
 
 
 def study(config: StudyConfig) -> Study:
-    first, last = TUNING_SEEDS[0], TUNING_SEEDS[-1]
-    apart = config.first_seed > last or config.first_seed + config.seeds <= first
-    check(apart, "first_seed", f"seeds {first} to {last} are for tuning, and what is chosen on them is reported on others; begin after {last}")
+    TUNING.check(config)
     check(bool(config.variants), "variants", "name at least one setting of an optimizer")
     others = cells(replace(config, variants={}))
     names = list(dict.fromkeys(map(optimizer_of, config.variants)))
@@ -200,6 +184,6 @@ def study(config: StudyConfig) -> Study:
             of_fresh(times("val/accuracy", GROKKED, by=by), "Steps to 99 % of the unseen rows."),
             of_fresh(times_against(WIDTH, "val/accuracy", GROKKED, by=[path for path in by if path != WIDTH], logx=True), "Steps to 99 % by width."),
         ],
-        tables=[chosen(others, names), replace(reached, make=lambda rows: reached.make(fresh(rows))), published_table(PUBLISHED)],
+        tables=[chosen(others, names), TUNING.of_fresh(reached), published_table(PUBLISHED)],
         claims=claims,
     )

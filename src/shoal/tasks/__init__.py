@@ -5,14 +5,28 @@ task = build(ModularConfig(p=97, operation="div"))
 
 from __future__ import annotations
 
-from shoal.config import MemorizeConfig, ModularConfig, TaskConfig
+from pathlib import Path
+from typing import Any
+
+from shoal.config import MemorizeConfig, ModularConfig, MQARConfig, RecallConfig, TaskConfig, fields_per_run
 from shoal.contracts import Task
+from shoal.tasks import modular
 from shoal.tasks.memorize import MemorizeTask
 from shoal.tasks.modular import ModularTask
+from shoal.tasks.mqar import MQARTask
+from shoal.tasks.recall import RecallTask
+from shoal.tasks.stream import export_test
 
 
 def build(config: TaskConfig) -> Task:
     return TASKS[type(config)](config)
 
 
-TASKS = {MemorizeConfig: MemorizeTask, ModularConfig: ModularTask}
+def export(config: TaskConfig, seed: int, path: str | Path) -> dict[str, Any]:
+    """Write the data as a table, all of it where that is finite and the test rows where it is not; returns what ``describe`` says of it."""
+    if isinstance(config, ModularConfig):
+        return modular.export(config, seed, path)
+    return export_test(build(config), seed, path, **{name: getattr(config, name) for name in fields_per_run(config)})
+
+
+TASKS = {MemorizeConfig: MemorizeTask, ModularConfig: ModularTask, RecallConfig: RecallTask, MQARConfig: MQARTask}

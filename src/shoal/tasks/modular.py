@@ -29,12 +29,12 @@ from torch import Tensor
 
 from shoal import rng
 from shoal.config import ModularConfig, fields_per_run
-from shoal.config.fields import ConfigError, check
+from shoal.config.fields import check
 from shoal.contracts import Batch, Tables, Tokenizer
 from shoal.data.tokenizers import WordTokenizer
 from shoal.tasks.operations import NAMES, answers, facts, permutations
 from shoal.tasks.splits import SPLITS, divide, split_counts, split_hash
-from shoal.tasks.stream import fingerprint, pieces, stream
+from shoal.tasks.stream import fingerprint, pieces, stream, write_new
 
 SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}  # of other operations the name
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -258,13 +258,7 @@ def export(config: ModularConfig, seed: int, path: str | Path) -> dict[str, Any]
         split_of |= dict.fromkeys(part.tolist(), split)
     signs, text = [SIGNS.get(name, name) for name in config.operations], spelled(replace(config, tokens="residue"))
     lines = [f"{text[row // n % n]}\t{signs[row // n**2]}\t{text[row % n]}\t{text[int(result[row])]}\t{split}\n" for row, split in split_of.items()]
-    try:
-        with Path(path).open("x", encoding="utf-8", newline="\n") as file:
-            file.writelines(["a\top\tb\tresult\tsplit\n", *lines])
-    except FileExistsError:
-        raise ConfigError("out", f"{path} exists already; name another file or remove this one") from None
-    except OSError as error:
-        raise ConfigError("out", f"cannot write {path} ({error.strerror}); name a file in a directory that exists and is writable") from None
+    write_new(path, ["a\top\tb\tresult\tsplit\n", *lines])
     return task.describe(tables, 0)
 
 

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from shoal import rng, tasks
-from shoal.config import EmbeddingMLPConfig, ModularConfig, ModuleConfig, Muon, RunConfig, fields_per_run, flatten, run_id
+from shoal.config import DecoderConfig, EmbeddingMLPConfig, ModularConfig, ModuleConfig, Muon, RunConfig, fields_per_run, flatten, run_id
 from shoal.config.fields import ConfigError, check
 from shoal.contracts import Batch, Task
+from shoal.data.tokenizers import shortened
 from shoal.models.trial import try_out
+from shoal.tasks.stream import check_size
 
 ZERO_OR_NOT = ("model.dropout", "clip", "gradient.noise", "weights.noise")  # per-run values, but whether there is any changes the program
 
@@ -46,8 +48,10 @@ def fleet_id(runs: Sequence[RunConfig]) -> str:
     return hashlib.sha256(" ".join(map(run_id, runs)).encode()).hexdigest()[:10]
 
 
-def validate(run: RunConfig) -> None:
-    """What one part of a config asks of another: splits there are, a task the model can do. ConfigError names the field."""
+def validate(run: RunConfig, device: str | None = None) -> None:
+    """What one part of a config asks of another, or of the device: splits there are, a task the model can do. ConfigError names the field."""
+    if isinstance(run.model, DecoderConfig) and run.model.scan == "triton":
+        check(device != "cpu", "model.scan", 'the triton scan runs on a GPU only; set it to "auto" or "sequential"')
     task = tasks.build(run.task)
     if isinstance(run.model, EmbeddingMLPConfig):
         if not isinstance(run.task, ModularConfig) or run.task.tokens != "residue" or run.task.loss != "answer":
@@ -60,7 +64,9 @@ def validate(run: RunConfig) -> None:
         part, _, only = split.partition(":")
         alone = isinstance(run.task, ModularConfig) and part in task.splits and only == run.task.operation  # "val:div" of division alone, as of a mixture
         if split not in task.splits and not alone:
-            raise ConfigError("evaluate", f"this task has no split {split!r}; it has {', '.join(task.splits)}")
+            raise ConfigError("evaluate", f"this task has no split {split!r}; it has {shortened(task.splits)}")
+    if "train" not in task.splits:
+        check_size(run.batch_size)
     if run.stop_metric is not None:
         split, _, metric = run.stop_metric.partition("/")
         if split not in run.evaluate or metric not in ("loss", "accuracy", "exact"):
