@@ -71,7 +71,7 @@ def test_every_run_is_valid_and_one_of_a_kind(name: str, preset: str) -> None:
         assert isinstance(run.model, DecoderConfig) and isinstance(run.task, RecallConfig)
         validate(run)
         assert run.evaluate == ("test",) and run.stop_metric is None and run.task.test_size >= 2000
-        assert run.model.feed_forward == 0 and run.model.num_layers == 2 and not run.model.bias
+        assert run.model.feed_forward == 0 and run.model.num_layers == 2 and run.model.bias
         assert run.steps % run.evaluate_every == 0 and run.steps // run.evaluate_every >= 20
     fleets = {"recall-induction": 7, "recall-capacity": 4, "recall-width": 1, "recall-state": 12, "recall-mamba-paper": 3}
     assert preset == "quick" or len(plan(first)) == fleets[name], "rates, seeds, delays and numbers of queries share a fleet"

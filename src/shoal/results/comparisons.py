@@ -330,7 +330,7 @@ def _target(metric: str, threshold: float) -> str:
 
 
 def _last(path: str) -> str:
-    return path.rsplit(".", 1)[-1].replace("_", " ")
+    return "seed" if path.startswith("seeds.") else path.rsplit(".", 1)[-1].replace("_", " ")
 
 
 def _sizes(sizes: Sequence[int]) -> str:

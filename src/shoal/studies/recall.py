@@ -64,14 +64,15 @@ def some(*names: str) -> dict[str, dict[str, Any]]:
 
 
 def base(steps: int, evaluations: int, *, width: int = 8, **task: Any) -> RunConfig:
-    """K = 16, L = 32, one head, fresh batches of 64; and what was open: norms before each mixer, Adam, cosine to a tenth.
+    """K = 16, L = 32, one head, fresh batches of 64; and what was open: norms before each mixer, biases, Adam, cosine to a tenth.
 
-    Vectors of positions begin about as long as those of tokens, whose length is 1.
+    Biases decide about attention: no direction is common to the 16 fixed vectors, so without them it cannot look a fixed way back whatever it reads. In 2,500
+    steps of 32 at lr 0.01, 0 of 15 rotary runs came to 99 % without and 14 of 15 with them. Vectors of positions begin about as long as those of tokens, 1.
     """
     return RunConfig(
         task=RecallConfig(**task),
         model=DecoderConfig(
-            width=width, num_layers=2, num_heads=1, feed_forward=0, norm="rms", bias=False, head_bias=True, positions="none",
+            width=width, num_layers=2, num_heads=1, feed_forward=0, norm="rms", head_bias=True, positions="none",
             token_embedding="unit", embedding_std=width**-0.5, linear_init="uniform",
         ),
         optimizer=Adam(beta2=0.98),

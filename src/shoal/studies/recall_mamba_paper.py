@@ -19,7 +19,7 @@ MODELS[ROTARY] = MODELS[ROTARY] | {"model.rotary_base": 10_000.0}  # for 256 pla
 def _run(steps: int, evaluations: int, *, width: int, heads: int, **task: Any) -> RunConfig:
     """Gu and Dao 2023 (arXiv 2312.00752), table 2 and appendix E.1: 16 tokens, one of them asked for, batches of 8, Adam at a constant rate, no decay."""
     run = base(steps, evaluations, width=width, **task)
-    model = DecoderConfig(width=width, num_layers=2, num_heads=heads, feed_forward=0, norm="rms", bias=False, positions="none", linear_init="uniform")
+    model = DecoderConfig(width=width, num_layers=2, num_heads=heads, feed_forward=0, norm="rms", positions="none", linear_init="uniform")
     return replace(run, model=model, schedule=Schedule(), batch_size=8)
 
 
