@@ -189,6 +189,8 @@ def test_description() -> None:
     assert told["right by chance"] == 1 / 6
     assert told["answers that are the query"] == pytest.approx(sum(v == s[-1] for s, v in found) / 3000)
     assert told["right by a random token of the sequence"] == pytest.approx(sum(s[:-1].count(v) / 8 for s, v in found) / 3000)
+    commonest = [[t for t in set(s[:-1]) if s[:-1].count(t) == max(map(s[:-1].count, s[:-1]))] for s, _ in found]
+    assert told["right by the commonest token"] == pytest.approx(sum((v in top) / len(top) for top, (_, v) in zip(commonest, found, strict=True)) / 3000)
     assert told["right by the token before the query"] == pytest.approx(sum(s[-2] == v for s, v in found) / 3000)
     assert task.describe(tables, 0)["test hash"] != told["test hash"] == build(config).describe(tables, 1)["test hash"]
     assert build(replace(PLAIN, train_lengths="uniform", delay=3)).describe(tables, 0)["training length"] == "3 to 9", "the tables', not the config's"

@@ -123,7 +123,7 @@ def as_expected(run: RunConfig, times: float) -> float:
     if name == NONE:
         return 0.1 if far else 0.5
     if name == S4D:
-        return 0.1
+        return 0.95
     if name in (MAMBA, "Mamba-2", HYBRID):
         return 0.999 if times <= 3 or name != HYBRID else 0.6
     return 0.999 if times <= 1 else 0.15 if name == ROTARY else 0.1

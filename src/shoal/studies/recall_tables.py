@@ -69,12 +69,13 @@ def lengths(by: Sequence[str], multiples: Sequence[int]) -> Table:
         far = [times for times in multiples if times <= part[0]["task.longest"]]
         at = {"at the training length" if times == 1 else f"at {times} times it": spread(accuracy(part, times)) for times in far}
         data = part[0].get("data") or {}
-        guesses = {name: data.get(f"right by {name}") for name in ("chance", "a random token of the sequence", "the token before the query")}
+        looks = ("chance", "a random token of the sequence", "the commonest token", "the token before the query")
+        guesses = {name: data.get(f"right by {name}") for name in looks}
         return {"setting": setting(values), "n": len(part), **at, "where the answer is not the query": spread(accuracy(part, which="distinct")), **guesses}
 
     text = (
         "Accuracy of fresh seeds: median (lowest to highest). Then, at the training length, what an answer gets right that looks at nothing, at any token "
-        "of the sequence, at the token before the query."
+        "of the sequence, at the one there is most of, at the token before the query."
     )
     return Table("lengths", make, text)
 

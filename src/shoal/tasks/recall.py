@@ -91,7 +91,7 @@ class RecallTask:
         return Batch(tokens, targets=value, weights=torch.ones_like(value, dtype=torch.float32), at=at)
 
     def describe(self, tables: Tables, run: int) -> dict[str, Any]:
-        """The last three shares are what is right by an answer that looks at nothing, or at no more than a place: measured on the test rows."""
+        """The last four shares are what is right by an answer that looks at nothing, counts, or looks at no more than a place: measured on the test rows."""
         config = self.config
         alone = tables.keep(torch.tensor([run], device=tables.per_run["test"].device))
         (batch,) = self.evaluation(alone, "test", config.test_size)
@@ -109,6 +109,7 @@ class RecallTask:
             "answers that are the query": (value == tokens[:, -1:]).double().mean().item(),
             "right by chance": 1 / config.num_tokens,
             "right by a random token of the sequence": (value == tokens[:, :-1]).double().mean().item(),
+            "right by the commonest token": _commonest(tokens[:, :-1], value, config.num_tokens),
             "right by the token before the query": (value == tokens[:, -2:-1]).double().mean().item(),
         }
 
@@ -116,3 +117,10 @@ class RecallTask:
 def _without(query: Tensor, x: Tensor) -> Tensor:
     """x uniform over one token fewer -> uniform over all but the query."""
     return x + (x >= query)
+
+
+def _commonest(tokens: Tensor, value: Tensor, num_tokens: int) -> float:
+    """The share of rows (tokens [B, T], value [B, 1]) whose value is their commonest token; one of n that are equally common counts for 1 / n."""
+    counts = tokens.new_zeros(len(tokens), num_tokens).scatter_add_(1, tokens, torch.ones_like(tokens))
+    top = counts == counts.amax(1, keepdim=True)
+    return (top.gather(1, value) / top.sum(1, keepdim=True)).double().mean().item()
