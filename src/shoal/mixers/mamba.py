@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shoal import rng
 from shoal.config.models import DecoderConfig
 from shoal.contracts import Context
+from shoal.mixers.steps import step_bias
 from shoal.nn import Constant, Given, Linear, Uniform, joint_linear, select, selective_scan, short_convolution
 from shoal.nn.init import Distribution
 from shoal.nn.scan import Form
 
-SHORTEST, LONGEST, LEAST = 1e-3, 1e-1, 1e-4  # steps at initialisation: log-uniform between the first two, and never below the last
 NO_STEP = -1e4  # softplus of it is 0: nothing decays and nothing is written
 
 
@@ -79,7 +78,7 @@ class Mamba(nn.Module):
             ("convolution_weight", Uniform(bound)),
             ("convolution_bias", Uniform(bound)),
             ("step.weight", Uniform(self.rank**-0.5)),
-            ("step.bias", Given(partial(_step_bias, self.inner))),
+            ("step.bias", Given(partial(step_bias, self.inner))),
             ("A_log", Given(lambda name, seed: torch.arange(1, self.state_size + 1).log().expand(self.inner, -1))),
             ("D", Constant(1.0)),
         ]
@@ -93,9 +92,3 @@ class Mamba(nn.Module):
 
     def state_bytes(self, length: int) -> int:
         return 4 * self.inner * (self.state_size + self.steps - 1)
-
-
-def _step_bias(inner: int, name: str, seed: int) -> Tensor:
-    spread = rng.uniform(rng.key(torch.tensor(seed), f"init {name}"), inner)
-    step = (math.log(SHORTEST) + math.log(LONGEST / SHORTEST) * spread).exp().clamp(min=LEAST)
-    return step + (-torch.expm1(-step)).log()  # the inverse of softplus

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shoal import rng
 from shoal.config.models import DecoderConfig
 from shoal.contracts import Context
+from shoal.mixers.steps import log_steps
 from shoal.nn import Constant, Given, Linear, Normal, joint_linear, select
 from shoal.nn.init import Distribution
 
@@ -72,7 +72,7 @@ class S4D(nn.Module):
         """Step log-uniform in [0.001, 0.1], A = -1/2 + i pi n, C a complex normal of variance 1, D = 1."""
         frequencies = math.pi * torch.arange(self.state_size // 2, device="cpu").expand(self.inner, -1)
         return [
-            ("log_step", Given(partial(_log_step, self.inner))),
+            ("log_step", Given(partial(log_steps, self.inner))),
             ("log_decay", Constant(math.log(0.5))),
             ("frequency", Given(lambda name, seed: frequencies)),
             ("C", Normal(0.5**0.5)),
@@ -92,10 +92,6 @@ class S4D(nn.Module):
 
     def state_bytes(self, length: int) -> int:
         return 4 * self.inner * self.state_size
-
-
-def _log_step(num_channels: int, name: str, seed: int) -> Tensor:
-    return math.log(1e-3) + math.log(100) * rng.uniform(rng.key(torch.tensor(seed), f"init {name}"), num_channels)
 
 
 def s4d(

@@ -12,7 +12,6 @@ Not here: Mamba-1, whose decay differs by channel and state, so that no matrix f
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from shoal import rng
 from shoal.config.models import DecoderConfig
 from shoal.contracts import Context
+from shoal.mixers.steps import step_bias
 from shoal.nn import Constant, Given, Linear, RMSNorm, Uniform, joint_linear, select, short_convolution
 from shoal.nn.init import Distribution
 
@@ -84,7 +84,7 @@ class SSD(nn.Module):
         return [
             ("convolution_weight", Uniform(bound)),
             ("convolution_bias", Uniform(bound)),
-            ("step_bias", Given(partial(_step_bias, self.num_heads))),
+            ("step_bias", Given(partial(step_bias, self.num_heads))),
             ("A_log", Given(partial(_log_decay, self.num_heads))),
             ("D", Constant(1.0)),
         ]
@@ -109,11 +109,6 @@ def _uniform(num_values: int, name: str, seed: int) -> Tensor:
 
 def _log_decay(num_heads: int, name: str, seed: int) -> Tensor:
     return (1 + 15 * _uniform(num_heads, name, seed)).log()
-
-
-def _step_bias(num_heads: int, name: str, seed: int) -> Tensor:
-    step = (math.log(1e-3) + math.log(100) * _uniform(num_heads, name, seed)).exp()
-    return step + (-torch.expm1(-step)).log()  # the inverse of softplus
 
 
 def ssd(

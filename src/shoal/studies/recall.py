@@ -48,8 +48,8 @@ def _model(*mixers: str, positions: str = "none") -> dict[str, Any]:
 
 MODELS = {  # a layer is a mixer and nothing else
     LEARNED: _model("attention", positions="learned"),  # also a row for each place past the training length, which stays as it began
-    # At head width 8 base 10,000 has one frequency that tells neighbours apart. After 2,500 steps of 32, lr 0.01, two seeds: 0.72 and 0.76 at L;
-    # with base 100 0.90 and 0.85, with base 10 0.45 and 0.85.
+    # At head width 8 base 10,000 has one frequency that tells neighbours apart. After 2,500 steps of 32, lr 0.01, two seeds, without
+    # biases: 0.72 and 0.76 at L; with base 100 0.90 and 0.85, with base 10 0.45 and 0.85.
     ROTARY: _model("attention", positions="rotary") | {"model.rotary_base": 100.0},
     NONE: _model("attention"),
     MAMBA: _model("mamba"),
