@@ -87,9 +87,13 @@ def base(steps: int, evaluations: int, *, width: int = 8, **task: Any) -> RunCon
 
 
 def order(rows: Rows) -> tuple[float, float, float]:
-    """Small is better: the share not solved, then the median steps to that, then what the last accuracy lacks, in the mean."""
+    """Small is better: the share not solved at the end, then the median steps to that, then what the last accuracy lacks, in the mean.
+
+    At the end: a rate may solve it soonest and lose it again, as 0.03 does with the hybrid and 4 queries.
+    """
     times, observed = rows.reached(METRIC, SOLVED)
-    return 1 - float(observed.mean()), statistics.survival_median(times, observed).value, 1 - float(np.mean(rows.column(f"final.{METRIC}")))
+    last = rows.column(f"final.{METRIC}")
+    return float(np.mean(last < SOLVED)), statistics.survival_median(times, observed).value, 1 - float(np.mean(last))
 
 
 def every_length(task: RecallConfig) -> list[int]:
