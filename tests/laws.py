@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -23,15 +24,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from shoal import mixers, models, rng
-from shoal.config import DecoderConfig, EmbeddingMLPConfig, ModuleConfig, fields_per_run
+from shoal.config import BigramConfig, DecoderConfig, EmbeddingMLPConfig, HMMConfig, ModuleConfig, fields_per_run
+from shoal.config.fields import ConfigError
 from shoal.contracts import Context
 from shoal.nn import initialise, select
 
 R, B, VOCABULARY, LONGEST = 3, 4, 11, 17
+LOOKED_AT = {"attention": ("bias", "positions", "causal", "qk_norm"), "average": ()}  # by a mixer, of the fields with choices; others: bias
 TIMES = (6, 12)  # of a mixer's sequences: attention has one form for up to 8 keys and another for more
 
 MIXER_EXAMPLES: dict[str, DecoderConfig] = {
     "attention": DecoderConfig(width=8, num_heads=2),
+    "average": DecoderConfig(width=8, num_heads=2),
+    "rnn": DecoderConfig(width=8, num_heads=2),
+    "gru": DecoderConfig(width=8, num_heads=2),
+    "lstm": DecoderConfig(width=8, num_heads=2),
     "mamba": DecoderConfig(width=20, num_heads=2, state_size=3, convolution=3),
     "ssd": DecoderConfig(width=8, num_heads=2, state_size=3, convolution=3),
     "s4d": DecoderConfig(width=8, num_heads=1, state_size=4),
@@ -41,8 +48,12 @@ MODEL_EXAMPLES: dict[type, list[Any]] = {
         DecoderConfig(width=8, num_layers=2, num_heads=2, feed_forward=12),
         DecoderConfig(width=8, num_layers=1, num_heads=4, feed_forward=0, positions="rotary", norm_place="post", tied=True),
         DecoderConfig(width=8, num_layers=2, num_heads=2, feed_forward=12, dropout=0.3),
+        DecoderConfig(width=8, num_layers=0, num_heads=2, softcap=3.0),
+        DecoderConfig(width=8, num_layers=2, num_heads=2, feed_forward=12, norm="none", residual=False, mixers=("average", "lstm")),
     ],
+    BigramConfig: [BigramConfig()],
     EmbeddingMLPConfig: [EmbeddingMLPConfig(num_inputs=3, embedding=4, hidden=(6, 5)), EmbeddingMLPConfig(num_inputs=2, embedding=4, hidden=())],
+    HMMConfig: [HMMConfig(num_states=5)],
     ModuleConfig: [
         ModuleConfig(module="own_models:Transformer", arguments='{"num_layers": 2}'),
         ModuleConfig(module="own_models:Transformer", arguments='{"tied": true, "num_heads": 4}'),
@@ -81,11 +92,14 @@ def filled(module: nn.Module, seed: int = 0) -> Any:
 
 
 def variants(config: Any) -> dict[str, Any]:
-    """The config, and the config with every choice of every field (Literal or bool), one at a time."""
+    """The config, and the config with every choice of every field (Literal or bool), one at a time, that it does not refuse."""
     found = {type(config).__name__: config}
     for name, hint in get_type_hints(type(config)).items():
         choices = get_args(hint) if get_origin(hint) is Literal else (False, True) if hint is bool else ()
-        found |= {f"{name}={choice}": replace(config, **{name: choice}) for choice in choices if choice != getattr(config, name)}
+        for choice in choices:
+            with suppress(ConfigError):
+                if choice != getattr(config, name):
+                    found[f"{name}={choice}"] = replace(config, **{name: choice})
     return found
 
 
@@ -129,6 +143,14 @@ class Case:
         if self.untold:
             pytest.skip("knows nothing of masks, positions and caches")
 
+    @property
+    def causal(self) -> bool:
+        return getattr(self.config, "causal", True)
+
+    def only_past(self) -> None:
+        if not self.causal:
+            pytest.skip("sees the whole sequence")
+
     def context(self) -> Context:
         return Context() if self.untold else padding(self.time)[2]
 
@@ -137,7 +159,7 @@ def mixer_cases() -> dict[str, Case]:
     found = {}
     for name, example in MIXER_EXAMPLES.items():
         for variant, config in variants(replace(example, mixers=(name,))).items():
-            if variant.startswith(("DecoderConfig", "positions", "bias")):  # what a mixer looks at
+            if variant.startswith(("DecoderConfig", *LOOKED_AT.get(name, ("bias",)))):
                 for time in TIMES:
                     found[f"{name} {variant} T={time}"] = Case(partial(mixers.build, name), config, time, tokens=False)
     return found
@@ -182,7 +204,7 @@ def law_run_axis(case: Case) -> None:
 
 
 def law_no_leak(case: Case) -> None:
-    """What comes later changes nothing before it, and something after it."""
+    """What comes later changes nothing before it, and something after it; without causality, something at every place."""
     if case.one_place and case.untold:
         pytest.skip("answers after the last token")
     fleet, x = case.fleet(), case.inputs(R, B, case.time)
@@ -190,13 +212,18 @@ def law_no_leak(case: Case) -> None:
     for t in (case.config.num_inputs - 1,) if case.one_place else (0, case.time // 2, case.time - 2):
         changed = torch.cat((x[:, :, : t + 1], case.inputs(R, B, case.time, seed=5)[:, :, t + 1 :]), dim=2)
         z, _ = case.call(fleet, changed)
-        close(z[:, :, : t + 1], y[:, :, : t + 1])
+        if case.causal:
+            close(z[:, :, : t + 1], y[:, :, : t + 1])
+        else:
+            differ = (changed != x)[:, :, t + 1 :].flatten(2).any(-1)
+            assert differ.any() and ((z - y)[:, :, : t + 1].abs() > 1e-9).any(-1)[differ].all()
         assert case.one_place or not torch.allclose(z[:, :, t + 1 :], y[:, :, t + 1 :])
 
 
 def law_prefix(case: Case) -> None:
     """A sequence cut short gives the beginning of what the whole one gives, whichever form its length calls for."""
     case.every_place()
+    case.only_past()
     fleet, x = case.fleet(), case.inputs(R, B, case.time)
     y, _ = case.call(fleet, x)
     for t in range(1, case.time):
@@ -235,6 +262,7 @@ def law_scored_positions(case: Case) -> None:
 def law_cache(case: Case) -> None:
     """A prompt and then one token at a time, or the rest at once, through the cache = one pass."""
     case.every_place()
+    case.only_past()
     case.told()
     fleet, time = case.fleet(), case.time
     for lead, module in (((R,), fleet), ((), case.one(fleet, 1))):
@@ -255,6 +283,7 @@ def _cut(x: Tensor, lead: tuple[int, ...], start: int, stop: int) -> Tensor:
 def law_cache_after_left_padding(case: Case) -> None:
     """Prompts of different lengths, padded on the left, decoded together = each by itself."""
     case.every_place()
+    case.only_past()
     case.told()
     fleet, time, prompt = case.fleet(), case.time, case.time - 3
     x, cell = case.inputs(R, B, time), torch.arange(time)
@@ -283,9 +312,9 @@ def law_batch_in_pieces(case: Case) -> None:
 
 
 def law_gradients(case: Case) -> None:
-    """Every parameter has a gradient, and it is the slope: <gradient, v> = (f(p + e v) - f(p - e v)) / 2 e for a random direction v."""
+    """Every parameter, and a mixer's input, has a gradient, and it is the slope: <gradient, v> = (f(p + e v) - f(p - e v)) / 2 e for a random direction v."""
     fleet, x, context = case.fleet(), case.inputs(R, B, case.time), case.context()
-    parameters = dict(fleet.named_parameters())
+    parameters = dict(fleet.named_parameters()) | ({} if case.tokens else {"x": x.requires_grad_()})
     weights: dict[str, Tensor] = {}
 
     def loss() -> Tensor:
@@ -326,6 +355,7 @@ def law_many_rows(case: Case) -> None:
 
 def law_state_bytes(case: Case) -> None:
     """The formula is the size of the cache (its numbers, not its marks) of one sequence."""
+    case.only_past()
     fleet = case.build((R,))
     for length in (1, case.time):
         leaves = tree_leaves(fleet.init_cache(B, length))

@@ -170,7 +170,7 @@ def test_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 BAD = {
     "rum": "unknown command 'rum'; did you mean run?",
-    "--foo": "unknown command '--foo'; known here: list, run, train, generate, report, data, verify",
+    "--foo": "unknown command '--foo'; known here: list, run, train, flops, generate, report, data, verify",
     "list extra": "Unrecognized options: extra; see shoal list --help",
     "list --foo 3": "--foo: unknown option; known here: help",
     "run": "Missing from shoal run: STUDY a name from `shoal list` (required); see shoal run --help",
@@ -209,10 +209,10 @@ BAD = {
     "generate runs/toy --prompt x --seed -1": "--seed: is a whole number from 0 to 2**31 - 1, not -1",
     "generate runs/toy --prompt x --temprature 1": "--temprature: unknown option; did you mean temperature?",
     "report": "Missing from shoal report: DIR where the study was written (required); see shoal report --help",
-    "data": "Missing from shoal data: TASK modular, recall or mqar (required) "
-    "--out FILE.tsv columns a, op, b, result, split; or sequence, positions, answers (required); "
+    "data": "Missing from shoal data: TASK modular, recall, mqar or language (required) "
+    "--out FILE.tsv columns a, op, b, result, split; or sequence, positions, answers; or document, bytes, tokens, split (required); "
     "see shoal data --help",
-    "data mod --out x.tsv": "invalid choice 'mod' for argument 'task'. Expected one of ('modular', 'recall', 'mqar'); see shoal data --help",
+    "data mod --out x.tsv": "invalid choice 'mod' for argument 'task'. Expected one of ('modular', 'recall', 'mqar', 'language'); see shoal data --help",
     "data modular --out nowhere/x.tsv": "--out: there is no directory nowhere",
     "data modular --out .": "--out: . is a directory; name a file in it",
     "data recall --out x.tsv --num-queries 17": "num_queries: must lie between 1 and the 16 tokens, not 17",
@@ -310,7 +310,7 @@ def test_examples_of_the_help_parse() -> None:
         ours, theirs = cli._split(rest, cli.COMMANDS[command])
         cli._parse(cli.COMMANDS[command], command, ours)
         for path, value in cli.parse_overrides(theirs).items():
-            cli.override({"train": RunConfig(), "run": StudyConfig(), "data": ModularConfig()}[command], {path: value})
+            cli.override({"train": RunConfig(), "flops": RunConfig(), "run": StudyConfig(), "data": ModularConfig()}[command], {path: value})
 
 
 def test_the_program_itself() -> None:

@@ -21,7 +21,22 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shoal.config import SGD, Adagrad, Adam, AdamW, Gradient, MemorizeConfig, RunConfig, Schedule, Weights, fields_per_run, flatten, with_seed, with_values
+from shoal.config import (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    BaumWelch,
+    Gradient,
+    MemorizeConfig,
+    RunConfig,
+    Schedule,
+    Weights,
+    fields_per_run,
+    flatten,
+    with_seed,
+    with_values,
+)
 from shoal.contracts import Context
 from shoal.inference import evaluate
 from shoal.train import checkpoint, optimizers
@@ -209,11 +224,11 @@ OTHER = {
 }  # where 0.9 times the value, or 0.5 for 0, will not do
 
 
-@pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("optimizer", [cls for cls in optimizers.OPTIMIZERS if cls is not BaumWelch], ids=lambda cls: cls.__name__)  # of other models
 def test_every_field_of_a_run_acts_on_it_alone(optimizer: type) -> None:
     """One fleet: a run for every per-run field, changed in that field only, between two runs with none changed, which stay equal."""
     base = replace(ALL, optimizer=optimizer())
-    paths = [path for path in fields_per_run(base) if path != "variant"]  # which is a name
+    paths = [path for path in fields_per_run(base) if path not in ("variant", "budget")]  # a name, and what gives the steps before there is a fleet
 
     def changed(path: str) -> RunConfig:
         value = flatten(base)[path]
@@ -374,7 +389,7 @@ def test_record() -> None:
     fleet = Fleet.build(FLEETS["memorize"])
     record = fleet.record()
     assert record["model"]["parameters"] == sum(p.numel() for p in fleet.one(0).model.parameters())
-    assert record["model"]["batch"] == [8, 13, 13] and record["model"]["flops"]["step"] == 3 * fleet.model.flops(8, 13, 13)
+    assert record["model"]["batch"] == [8, 13, 13] and record["model"]["flops"]["products"] == 3 * fleet.model.flops(8, 13, 13)
     assert [data["unscored"] for data in record["data"]] == [run.task.unscored for run in FLEETS["memorize"]]  # type: ignore[union-attr]
     assert record["choices"] == {"device": "cpu", "runs": 8, "compiled": False, "threads": 1}
 

@@ -16,7 +16,8 @@ from shoal.config import AdamW, MemorizeConfig, ModularConfig, with_seed, with_v
 from shoal.config.fields import ConfigError
 from shoal.inference import evaluate, generate, next_token_probabilities
 from shoal.inference.evaluate import batches
-from shoal.inference.generate import pick, sample
+from shoal.inference.generate import sample
+from shoal.inference.pick import pick
 from shoal.train.fleet import Fleet
 from shoal.train.run import Run
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from laws_training import FLEETS, IN_EVALUATIONS, MODULAR, finished
+from laws_training import FLEETS, IN_EVALUATIONS, MODULAR, NEXT_TOKEN, finished
 from torch import Tensor
 
 from shoal.config.fields import ConfigError
@@ -31,6 +31,9 @@ class Given:
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden
 
+    def linear_head(self) -> None:
+        return None
+
 
 def measured(name: str, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Sums:
     """Of logits [R, B, S, V]."""
@@ -49,7 +52,7 @@ CASES = [  # logits, target, and in which objectives the other terms are lost in
 ]
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", NEXT_TOKEN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_collapse(name: str, dtype: torch.dtype) -> None:
     """Zero loss: collapsed onto the target. What is not scored is not counted; without an evaluation nothing is."""

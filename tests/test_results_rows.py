@@ -22,7 +22,7 @@ def store_of(
 ) -> Store:
     """One fleet; curves[r][metric] is evaluated at steps 0, every, 2 every, ..."""
     store = Store.open(directory, {"study": "demo", "config": {}})
-    model = {"parameters": 7, "flops": {"forward": 10, "step": 30}}
+    model = {"parameters": 7, "flops": {"assignment": 42, "products": 30, "hardware": 50}}
     store.start_fleet("aa", {"runs": [{"id": run_id(run), "config": flatten(run)} for run in runs], "model": model, "data": [{"rows": 9}] * len(runs)})
     names = sorted({name for curve in curves for name in curve})
     lines = [(s * every, r, name, value) for r, curve in enumerate(curves) for name, values in curve.items() for s, value in enumerate(values)]
@@ -47,7 +47,7 @@ def rows(tmp_path: Path) -> Rows:
 def test_keys_of_a_row(rows: Rows) -> None:
     row = rows[1]
     assert (row["id"], row["fleet"], row["status"], row["steps"], row["seconds"]) == (run_id(grid()[1]), "aa", "completed", 20, 1.5)
-    assert (row["optimizer.lr"], row["seeds.init"], row["task.type"], row["parameters"], row["flops.step"]) == (1e-2, 1, "modular", 7, 30)
+    assert (row["optimizer.lr"], row["seeds.init"], row["task.type"], row["parameters"], row["flops.products"]) == (1e-2, 1, "modular", 7, 30)
     assert row["config.steps"] == 1000 and row.config["steps"] == 1000  # the budget; "steps" is what was made
     assert row["final.val/accuracy"] == pytest.approx(0.89) and row["final.val/loss"] == 3.0
     assert row["best.val/accuracy"] == pytest.approx(0.89) and row["best.val/loss"] == 1.0

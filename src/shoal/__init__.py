@@ -13,8 +13,9 @@ from typing import Any
 _HOME = {
     "shoal.config": (
         "RunConfig", "StudyConfig", "Schedule", "Seeds", "PerRun",
-        "ModularConfig", "MemorizeConfig", "RecallConfig", "MQARConfig", "DecoderConfig", "EmbeddingMLPConfig", "ModuleConfig",
-        "SGD", "Adam", "AdamW", "Adagrad", "Muon",
+        "ModularConfig", "MemorizeConfig", "RecallConfig", "MQARConfig", "LanguageConfig",
+        "DecoderConfig", "EmbeddingMLPConfig", "BigramConfig", "HMMConfig", "ModuleConfig",
+        "SGD", "Adam", "AdamW", "Adagrad", "Muon", "BaumWelch",
     ),
     "shoal.config.fields": ("ConfigError",),
     "shoal.studies.study": ("Study", "grid"),

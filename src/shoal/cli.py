@@ -5,6 +5,7 @@ and tells you, with statistics, what they learned.
   shoal run grokking --seeds 8                      train a study's runs, check its claims, write its report
   shoal run grokking --fields                       every field of the study and its value
   shoal train gpt.yaml --optimizer.lr 3e-3          train one run that a file describes
+  shoal flops gpt.yaml --budget 1e15                what it costs, before it is trained
   shoal generate runs/sanity --prompt "I love"      text from a trained run
   shoal report runs/grokking                        write a study's report again
   shoal data modular --p 97 --out table.tsv         a task's data as a table
@@ -19,8 +20,8 @@ Runs      RUN is DIR or DIR:ID. Without an ID it is the best run by the study's 
           named on standard error.
 Settings  Any field is set by its dotted path: --run.optimizer.lr 3e-3. --run.optimizer.type muon changes
           the kind. --grid.optimizer.lr 1e-3,1e-2 trains every combination. Values are YAML:
-          --run.evaluate "[train, val]"; a flag alone means true. In `train` and `data` paths start at
-          the run and at the task: --optimizer.lr 3e-3, --p 113.
+          --run.evaluate "[train, val]"; a flag alone means true. In `train`, `flops` and `data` paths
+          start at the run and at the task: --optimizer.lr 3e-3, --p 113.
 Output    Results go to standard output, progress and notes to standard error. Exit code 2: change what
           was asked, one line says how. 1: `verify` found something wrong. 130: interrupted.
 """
@@ -48,7 +49,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from shoal.config import ModularConfig, MQARConfig, RecallConfig, RunConfig, StudyConfig, fields_per_run, flatten
+from shoal.config import LanguageConfig, ModularConfig, MQARConfig, RecallConfig, RunConfig, StudyConfig, fields_per_run, flatten
 from shoal.config.core import type_name
 from shoal.config.fields import ConfigError, check
 from shoal.config.load import load_run, nearest, override, parse_overrides
@@ -131,6 +132,30 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Flops:
+    """What a run costs before it is trained: its parameters, its FLOPs by three rules, where they go, what a budget pays for.
+
+    assignment: 6 parameters + 12 layers width length a token. products: matrix products, forward and backward. hardware: all that a GPU executes.
+    Any field can be changed: --model.width 128.
+
+    Example: shoal flops gpt.yaml --budget 1e15
+    """
+
+    target: ClassVar = (RunConfig,)
+    config: Annotated[Positional[Path], arg(metavar="CONFIG.yaml")]  # fields of a run; what is not there has its default
+
+    def __call__(self, overrides: Mapping[str, Any], command: str) -> None:
+        run = load_run(self.config, overrides)
+        if isinstance(run.task, LanguageConfig):
+            _say(f"reading {run.task.corpus}; a text that is new here is encoded first")
+        from shoal.train.flops import explain
+        from shoal.train.plan import validate
+
+        validate(run)
+        print(explain(run))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generate:
     """Continue a text with a trained run.
 
@@ -174,13 +199,14 @@ class Data:
 
     modular: a op b = c, all rows, with their splits. Residues modulo p are numbers, permutations of S5 the images of 0 to 4; div+mul is one table of both.
     recall, mqar: the test sequences of a seed, the positions that are asked (from 0), and the answers.
+    language: the documents of a corpus, their sizes and splits; and how well tokens can be foretold without a model (nats).
 
     Example: shoal data modular --p 97 --operation div+mul --split paired --out table.tsv
     """
 
-    target: ClassVar = (ModularConfig, RecallConfig, MQARConfig)
-    task: Annotated[Positional[Literal["modular", "recall", "mqar"]], arg(metavar="TASK")]  # modular, recall or mqar
-    out: Annotated[Path, arg(metavar="FILE.tsv")]  # columns a, op, b, result, split; or sequence, positions, answers
+    target: ClassVar = (ModularConfig, RecallConfig, MQARConfig, LanguageConfig)
+    task: Annotated[Positional[Literal["modular", "recall", "mqar", "language"]], arg(metavar="TASK")]  # modular, recall, mqar or language
+    out: Annotated[Path, arg(metavar="FILE.tsv")]  # columns a, op, b, result, split; or sequence, positions, answers; or document, bytes, tokens, split
     seed: Annotated[int, arg(metavar="N")] = 0  # of the split, or of the test sequences
 
     def __call__(self, overrides: Mapping[str, Any], command: str) -> None:
@@ -215,7 +241,7 @@ class Verify:
             raise SystemExit(_stop(f"not as it should be: {'; '.join(wrong)}", 1))
 
 
-COMMANDS: dict[str, Any] = {"list": List, "run": Run, "train": Train, "generate": Generate, "report": Report, "data": Data, "verify": Verify}
+COMMANDS: dict[str, Any] = {"list": List, "run": Run, "train": Train, "flops": Flops, "generate": Generate, "report": Report, "data": Data, "verify": Verify}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -310,6 +336,8 @@ def _summary(module: str) -> tuple[str, list[str]]:
 def _print_fields(config: StudyConfig) -> None:
     per_run = set(fields_per_run(config))
     flat = {path: value for path, value in flatten(config).items() if not path.startswith("run.seeds.")}  # a study numbers them
+    variants: dict[str, Any] = flat.pop("variants", {})
+    flat |= {f"variants.{name}": ", ".join(f"{path} {value}" for path, value in changes.items()) or "as it is" for name, changes in variants.items()}
     width = max(map(len, flat))
     for path, value in flat.items():
         kind = "per run" if path in per_run else "structural" if path.startswith("run.") else "study"

@@ -7,18 +7,22 @@ it changes shapes or code, so runs that differ in it train in different fleets. 
 """
 
 from shoal.config.core import PerRun, RunConfig, Schedule, Seeds, StudyConfig, fields_per_run, flatten, run_id, with_seed, with_values
-from shoal.config.models import DecoderConfig, EmbeddingMLPConfig, ModelConfig, ModuleConfig
-from shoal.config.optimizers import SGD, Adagrad, Adam, AdamW, Gradient, Muon, OptimizerConfig, Weights
-from shoal.config.tasks import MemorizeConfig, ModularConfig, MQARConfig, RecallConfig, TaskConfig
+from shoal.config.models import BigramConfig, DecoderConfig, EmbeddingMLPConfig, HMMConfig, ModelConfig, ModuleConfig
+from shoal.config.optimizers import SGD, Adagrad, Adam, AdamW, BaumWelch, Gradient, Muon, OptimizerConfig, Weights
+from shoal.config.tasks import LanguageConfig, MemorizeConfig, ModularConfig, MQARConfig, RecallConfig, TaskConfig
 
 __all__ = [
     "SGD",
     "Adagrad",
     "Adam",
     "AdamW",
+    "BaumWelch",
+    "BigramConfig",
     "DecoderConfig",
     "EmbeddingMLPConfig",
     "Gradient",
+    "HMMConfig",
+    "LanguageConfig",
     "MQARConfig",
     "MemorizeConfig",
     "ModelConfig",

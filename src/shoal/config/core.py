@@ -50,13 +50,15 @@ class Schedule:
 class RunConfig:
     task: TaskConfig = field(default_factory=ModularConfig)
     model: ModelConfig = field(default_factory=DecoderConfig)
-    objective: Literal["cross_entropy", "cross_entropy_float64", "stablemax"] = "cross_entropy"
+    objective: Literal["cross_entropy", "cross_entropy_float64", "stablemax", "likelihood", "masked_diffusion"] = "cross_entropy"
     optimizer: OptimizerConfig = field(default_factory=AdamW)
     gradient: Gradient = field(default_factory=Gradient)
     weights: Weights = field(default_factory=Weights)
     schedule: Schedule = field(default_factory=Schedule)
     seeds: Seeds = field(default_factory=Seeds)
     steps: PerRun[int] = 1000
+    budget: PerRun[float] = 0.0  # FLOPs a run may spend on training: its steps are as many as it pays for, whatever ``steps`` says; 0 = none
+    budget_rule: Literal["assignment", "products", "hardware"] = "assignment"  # how they are counted, see shoal/train/flops.py
     batch_size: int = 512  # 0 = the whole training table
     accumulate: int = 1  # pieces a batch is worked through in; the result is that of the whole batch
     clip: PerRun[float] = 0.0  # largest gradient norm of a run; 0 = none
@@ -75,6 +77,7 @@ class RunConfig:
             check(getattr(self, name) >= 1, name, f"must be 1 or more, not {getattr(self, name)}")
         check(self.batch_size >= 0, "batch_size", "must be 0 (the whole training table) or more")
         check(self.batch_size % self.accumulate == 0, "accumulate", f"{self.accumulate} pieces do not divide the batch of {self.batch_size}")
+        check(0 <= self.budget < float("inf"), "budget", f"must be 0 (none) or a number of FLOPs such as 1e15, not {self.budget}")
         check(self.clip >= 0, "clip", "must be 0 (none) or more")
         check(all(step >= 0 for step in self.snapshots), "snapshots", "are numbers of updates: 0 or more")
         check(self.variant.isprintable(), "variant", f"is a name on one line, not {self.variant!r}")

@@ -33,14 +33,16 @@ from shoal.config.fields import ConfigError, check
 from shoal.config.models import ModuleConfig
 
 C = TypeVar("C")
+SHIPPED = Path(__file__).parent / "shipped"  # gpt-tiny.yaml
 FLAG = object()  # what parse_overrides gives for "--a.b" without a value: true for a boolean field, an error for any other
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 wants a dot and a sign: to PyYAML 1e-3 is text
 _CHECKED_CELLS = 2000  # of a grid, before training; the command line refuses more runs than that without --yes
 
 
 def load_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """The run a YAML file describes, with dotted paths replaced."""
-    data, lines = read_yaml(path)
+    """The run a YAML file describes, with dotted paths replaced. A name that no file has here may be one of those that come with shoal (``SHIPPED``)."""
+    own = not Path(path).exists() and str(path) in {shipped.name for shipped in SHIPPED.iterdir()}
+    data, lines = read_yaml(SHIPPED / path if own else path)
     return override(structure(RunConfig, data, str(path), lines), overrides or {})
 
 

@@ -14,8 +14,8 @@ class DecoderConfig:
     """Embedding, blocks of a mixer and (optionally) a feed-forward, head."""
 
     width: int = 128
-    num_layers: int = 2
-    mixers: tuple[Literal["attention", "mamba", "ssd", "s4d"], ...] = ("attention",)  # repeated in turn up to num_layers
+    num_layers: int = 2  # 0: embedding and head alone, a bigram model of rank ``width``
+    mixers: tuple[Literal["attention", "average", "rnn", "gru", "lstm", "mamba", "ssd", "s4d"], ...] = ("attention",)  # repeated in turn up to num_layers
     num_heads: int = 4  # of attention and ssd
     state_size: int = 16  # N: numbers of state per channel, of mamba, ssd and s4d
     expand: int = 2  # inner width of mamba, ssd and s4d, as a multiple of the width
@@ -25,25 +25,33 @@ class DecoderConfig:
     activation: Literal["relu", "gelu", "silu", "relu2"] = "relu"
     norm: Literal["layer", "rms", "none"] = "layer"
     norm_place: Literal["pre", "post"] = "pre"
+    residual: bool = True  # False: every part's output replaces its input
+    causal: bool = True  # False: attention sees the whole sequence (for masked diffusion)
+    qk_norm: bool = False  # queries and keys of attention at root mean square 1, each head by itself
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
     rotary_base: float = 10_000.0
     bias: bool = True  # in the linear layers
     token_embedding: Literal["trained", "unit"] = "trained"  # unit: fixed rows of length 1 (numpy's RandomState(0)), the same for every run
     tied: bool = False  # the head is the embedding, transposed
     head_bias: bool = False
+    softcap: float = 0.0  # c: logits become c tanh(logits / c); 0 = as they are
     dropout: PerRun[float] = 0.0
     embedding_std: PerRun[float] = 0.02
     linear_init: Literal["normal", "uniform"] = "normal"  # normal: N(0, init_std); uniform: U(-1, 1) / sqrt(inputs), torch's default
     init_std: PerRun[float] = 0.02
     init_scale: PerRun[float] = 1.0  # multiplies every matrix but the embeddings at initialisation
+    output_init: Literal["same", "zero"] = "same"  # zero: the last matrix of every mixer and feed-forward begins at 0, so that every block begins as nothing
 
     def __post_init__(self) -> None:
-        for name in ("width", "num_layers", "num_heads", "state_size", "expand", "convolution"):
+        for name in ("width", "num_heads", "state_size", "expand", "convolution"):
             check(getattr(self, name) >= 1, name, f"must be 1 or more, not {getattr(self, name)}")
+        check(self.num_layers >= 0, "num_layers", f"must be 0 (embedding and head alone) or more, not {self.num_layers}")
         check(self.feed_forward >= 0, "feed_forward", "must be 0 (none) or more")
         check(len(self.mixers) > 0, "mixers", 'name at least one, for example ["attention"]')
         check(self.rotary_base > 1, "rotary_base", f"must be above 1, not {self.rotary_base}")
         check(not (self.tied and self.head_bias), "head_bias", "a tied head has no bias; leave one of the two out")
+        check(0 <= self.softcap < float("inf"), "softcap", f"must be 0 (none) or more, not {self.softcap}")
+        check(self.causal or set(self.mixers) == {"attention"}, "causal", "only attention can see the whole sequence; leave causal true for other mixers")
         heads = [h for h in range(1, self.width + 1) if self.width % h == 0]
         check(
             self.width % self.num_heads == 0,
@@ -82,6 +90,28 @@ class EmbeddingMLPConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BigramConfig:
+    """A table of logits, one row for each token that was read last."""
+
+    embedding_std: PerRun[float] = 1.0  # of its entries, N(0, embedding_std^2); at 1 the loss begins near ln V + 1/2
+
+    def __post_init__(self) -> None:
+        _check_scales(self, "embedding_std")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HMMConfig:
+    """A hidden Markov model: a chain of states, each with its own distribution over tokens."""
+
+    num_states: int = 64
+    init_std: PerRun[float] = 1.0  # of the logits of all its distributions at initialisation
+
+    def __post_init__(self) -> None:
+        check(self.num_states >= 1, "num_states", f"must be 1 or more, not {self.num_states}")
+        _check_scales(self, "init_std")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModuleConfig:
     """Your own ``torch.nn.Module``, run as a fleet by ``torch.func.vmap``: tokens int64 [B, T] -> logits [B, T, V], or [B, V] of the last position alone."""
 
@@ -103,4 +133,4 @@ def _check_scales(config: ModelConfig, *names: str) -> None:
         check(0 <= getattr(config, name) < float("inf"), name, f"must be a finite number of 0 or more, not {getattr(config, name)}")
 
 
-ModelConfig = DecoderConfig | EmbeddingMLPConfig | ModuleConfig
+ModelConfig = DecoderConfig | EmbeddingMLPConfig | BigramConfig | HMMConfig | ModuleConfig

@@ -12,7 +12,7 @@ def _check(config: OptimizerConfig) -> None:
     for name, value in vars(config).items():
         if "beta" in name or name == "momentum":
             check(0 <= value < 1, name, f"must lie in [0, 1), not {value}")
-        elif name.endswith(("lr", "wd", "eps")):
+        elif name.endswith(("lr", "wd", "eps", "smoothing")):
             check(0 <= value < float("inf"), name, f"must be a finite number of 0 or more, not {value}")
 
 
@@ -76,6 +76,15 @@ class Muon:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaumWelch:
+    """Expectation maximisation of a hidden Markov model (Baum et al. 1970), by the objective "likelihood"."""
+
+    lr: PerRun[float] = 1.0  # how far the probabilities move towards the expected shares: 1 = all the way (with the whole table as the batch, classic EM)
+    smoothing: PerRun[float] = 0.0  # added to every expected count of a token, as a share of a batch's mean count
+    __post_init__ = _check
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gradient:
     """What becomes of a run's gradient between clipping and the optimizer, in this order: filter, direction, noise. See ``shoal/train/interventions.py``."""
 
@@ -105,4 +114,4 @@ class Weights:
         check(0 <= self.noise < float("inf"), "noise", f"must be a finite number of 0 or more, not {self.noise}")
 
 
-OptimizerConfig = SGD | Adam | AdamW | Adagrad | Muon
+OptimizerConfig = SGD | Adam | AdamW | Adagrad | Muon | BaumWelch

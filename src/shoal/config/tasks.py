@@ -153,4 +153,38 @@ class MQARConfig:
         check(self.test_size >= 1, "test_size", f"must be 1 or more, not {self.test_size}")
 
 
-TaskConfig = MemorizeConfig | ModularConfig | RecallConfig | MQARConfig
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """The next token of text: windows of a corpus, split by whole documents."""
+
+    corpus: str = "python"
+    # python: the standard library's source; english: docstrings of what is installed; a file, directory or glob of .txt .py .md (one document a file),
+    # .jsonl .json.gz .csv .tsv .parquet (one a row); hub:NAME[:CONFIG[:SPLIT]]
+    val_corpus: str = ""  # where validation comes from, in the same forms; "" = split off ``corpus``
+    column: str = "text"  # of the files that have any
+    max_bytes: int = 0  # of text that is read, the last document cut there; 0 = all
+    tokenizer: str = "bpe"  # characters, bytes, bpe (trained on the corpus), gpt2, or a path: tokenizer.json, or a directory with vocab.json and merges.txt
+    vocab_size: int = 4096  # of bpe
+    reindex: bool = False  # only the ids that occur in the corpus, and the single bytes
+    mask_token: bool = False  # one id more, which no text has: for masked diffusion
+    length: int = 256  # T, tokens of a window
+    sampler: Literal["shuffled", "random", "sequential"] = "shuffled"
+    # shuffled: epochs of windows side by side, in random order, from a fresh offset each; random: windows from anywhere; sequential: one after the other
+    split: Literal["documents", "contiguous"] = "documents"  # contiguous: the first tokens train, the last validate, for every seed
+    val_fraction: float = 0.1  # of the tokens
+    test_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(bool(self.corpus), "corpus", "name one: python, english, a file, a directory, or hub:NAME")
+        check(bool(self.tokenizer), "tokenizer", "name one: characters, bytes, bpe, gpt2, or a path")
+        check(self.max_bytes >= 0, "max_bytes", f"must be 0 (all) or more, not {self.max_bytes}")
+        check(259 <= self.vocab_size <= 2**20, "vocab_size", f"must be 259 (the bytes, <s>, </s>, <mask>) to {2**20:,}, not {self.vocab_size:,}")
+        check(2 <= self.length <= LONGEST, "length", f"must be 2 to {LONGEST:,} tokens, not {self.length:,}")
+        for name in ("val_fraction", "test_fraction"):
+            check(0 <= getattr(self, name) < 1, name, f"must lie in [0, 1), not {getattr(self, name)}")
+        check(self.val_fraction + self.test_fraction < 1, "val_fraction", "validation and test leave nothing to train on; lower one of them")
+        own = not self.val_corpus or not self.test_fraction
+        check(own, "test_fraction", "with a val_corpus nothing is split off; leave test_fraction at 0")
+
+
+TaskConfig = MemorizeConfig | ModularConfig | RecallConfig | MQARConfig | LanguageConfig

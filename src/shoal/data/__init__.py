@@ -1,4 +1,4 @@
-"""Where text comes from and how it becomes token ids: tokenizers. What is scored, and how it is split, is a task's affair.
+"""Where text comes from and how it becomes token ids: corpora, tokenizers, encoded corpora. What is scored, and how it is split, is a task's affair.
 
 CharacterTokenizer("hello").encode("hell")
 """

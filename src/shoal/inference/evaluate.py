@@ -15,7 +15,7 @@ from shoal.nn import select
 from shoal.train.objectives import OBJECTIVES, add, means
 from shoal.train.run import Run
 
-ROWS = 4096  # of one piece
+ROWS = 4096  # of one piece, at most
 TOKENS = {"cpu": 1 << 14, "cuda": 1 << 18}  # of one piece of sequences of some length: fits the cache, fills the GPU
 
 
@@ -27,7 +27,8 @@ def tables_of(config: RunConfig, task: Task, device: str = "cpu") -> Tables:
 
 def batches(run: Run, split: str) -> list[Batch]:
     """The whole split without a run axis."""
-    return [batch.each(lambda x: x[0]) for batch in run.task.evaluation(tables_of(run.config, run.task), split, ROWS)]
+    rows = max(1, min(ROWS, TOKENS["cpu"] // run.task.max_length))
+    return [batch.each(lambda x: x[0]) for batch in run.task.evaluation(tables_of(run.config, run.task), split, rows)]
 
 
 @torch.inference_mode()

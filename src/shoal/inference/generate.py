@@ -1,4 +1,4 @@
-"""Continue a prompt, one token at a time, with what the model remembers kept in its cache.
+"""Continue a prompt, one token at a time, with what the model remembers kept in its cache. Masked diffusion fills in what follows the prompt instead.
 
 generate(load("runs/sanity"), "I lo")     # "ve machine learning"
 """
@@ -11,6 +11,8 @@ from torch import Tensor
 from shoal import rng
 from shoal.config.fields import ConfigError
 from shoal.contracts import Context
+from shoal.inference import diffusion
+from shoal.inference.pick import pick
 from shoal.train.run import Run
 
 
@@ -21,7 +23,7 @@ def generate(run: Run, prompt: str = "", max_tokens: int | None = None, temperat
     tokens = [*run.task.start, *run.task.tokenizer.encode(prompt)]
     if not tokens:
         raise ConfigError("prompt", "this task has no begin token; give at least one token to continue")
-    room = run.task.max_length - len(tokens) + 1  # the last token that comes out is not put in
+    room = room_after(run, len(tokens))
     if room < 1:
         raise ConfigError("prompt", f"{len(tokens)} tokens are more than the model's {run.task.max_length} positions; shorten it")
     max_tokens = room if max_tokens is None else max_tokens
@@ -34,9 +36,16 @@ def generate(run: Run, prompt: str = "", max_tokens: int | None = None, temperat
     return run.task.tokenizer.decode(produced)
 
 
+def room_after(run: Run, given: int) -> int:
+    """How many tokens can follow so many: the last that comes out is not put in, but where all places are filled in together."""
+    return run.task.max_length - given + (run.config.objective != "masked_diffusion")
+
+
 @torch.inference_mode()
 def sample(run: Run, tokens: Tensor, max_tokens: int, temperature: float, key: Tensor) -> Tensor:
-    """int64 [B, T] -> [B, max_tokens]; stops early only when every row has ended. key int64 [B]."""
+    """int64 [B, T] -> [B, max_tokens]; stops early only when every row has ended. key int64 [B]. Masked diffusion has as many steps as tokens."""
+    if run.config.objective == "masked_diffusion":
+        return diffusion.sample(run, tokens, max_tokens, max_tokens, temperature, key)
     model, produced = run.model, []
     cache = model.init_cache(len(tokens), tokens.shape[-1] + max_tokens)
     given = tokens
@@ -46,14 +55,6 @@ def sample(run: Run, tokens: Tensor, max_tokens: int, temperature: float, key: T
         produced.append(new)
         tokens = torch.cat((tokens, new[:, None]), dim=-1)
         given = tokens if cache is None else new[:, None]
-        if run.task.end is not None and bool((tokens == run.task.end).any(-1).all()):
+        if run.task.end is not None and bool((torch.stack(produced, dim=-1) == run.task.end).any(-1).all()):  # GPT-2 begins texts with the same token
             break
     return torch.stack(produced, dim=-1)
-
-
-def pick(logits: Tensor, temperature: float, key: Tensor) -> Tensor:
-    """float32 [B, V], int64 [B] -> int64 [B]: a draw from softmax(logits / temperature), by adding Gumbel noise and taking the largest (Gumbel 1954)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    uniform = rng.uniform(key, logits.shape[-1]) + 2.0**-25  # never 0
-    return (logits / temperature - torch.log(-torch.log(uniform))).argmax(-1)

@@ -1,7 +1,7 @@
 """Decoder: embedding, blocks of a mixer and optionally a feed-forward, head (Vaswani et al. 2017; Radford et al. 2019 with norm_place "pre").
 
 Mixers are named in the config and built from ``shoal.mixers``. The last block and the head run only at the positions a batch scores,
-which is exact and often half of the work.
+which is exact and often half of the work. Without blocks (num_layers 0) it is a bigram model of rank ``width``.
 
     model = Decoder(DecoderConfig(width=64), vocab_size=99, max_length=8, lead=(4,))
 """
@@ -44,11 +44,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + f(norm(x)) ("pre"), or norm(x + f(x)) ("post"), for the mixer and then the feed-forward."""
+    """x + f(norm(x)) ("pre"), or norm(x + f(x)) ("post"), for the mixer and then the feed-forward; without ``residual``, nothing is added to f."""
 
     def __init__(self, config: DecoderConfig, index: int, lead: tuple[int, ...]) -> None:
         super().__init__()
-        self.index, self.pre = index, config.norm_place == "pre"
+        self.index, self.pre, self.residual = index, config.norm_place == "pre", config.residual
         self.mixer = mixers.build(config.mixers[index % len(config.mixers)], config, lead)
         self.mixer_norm = _norm(config, lead)
         self.feed_forward = FeedForward(config, lead) if config.feed_forward else None
@@ -57,11 +57,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context, rate: Tensor | None, cache: Any) -> tuple[Tensor, Any]:
         """[*L, B, T, D] -> [*L, B, S, D]; ``rate`` float32 [*L] of dropout on both branches."""
         y, cache = self.mixer(self.mixer_norm(x) if self.pre else x, context, cache)
-        x = select(x, context.at) + dropout(y, context.key, rate, 2 * self.index + 1)
+        y = dropout(y, context.key, rate, 2 * self.index + 1)
+        x = select(x, context.at) + y if self.residual else y
         x = x if self.pre else self.mixer_norm(x)
         if self.feed_forward is not None and self.feed_forward_norm is not None:
             y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
-            x = x + dropout(y, context.key, rate, 2 * self.index + 2)
+            y = dropout(y, context.key, rate, 2 * self.index + 2)
+            x = x + y if self.residual else y
             x = x if self.pre else self.feed_forward_norm(x)
         return x, cache
 
@@ -89,16 +91,25 @@ class Decoder(nn.Module):
         """int64 [*L, B, T] -> hidden [*L, B, S, D] and the cache after these tokens."""
         x = self.embedding(tokens) + self._position_vectors(tokens, context, cache)
         x = dropout(x, context.key, self.rate, 0)
-        caches = []
+        caches, everywhere = [], Context(context.mask, context.positions, None, context.key)
         for index, block in enumerate(self.blocks):
             last = index == len(self.blocks) - 1
-            x, block_cache = block(x, context if last else context._replace(at=None), self.rate, None if cache is None else cache.blocks[index])
+            x, block_cache = block(x, context if last else everywhere, self.rate, None if cache is None else cache.blocks[index])
             caches.append(block_cache)
+        if not caches:
+            x = select(x, context.at)
         return self.norm(x), None if cache is None else Cache(cache.used + tokens.shape[-1], tuple(caches))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[*L, B, S, D] -> [*L, B, S, V]."""
-        return linear(hidden, self.embedding.weight.mT) if self.head is None else self.head(hidden)
+        weight, bias, softcap = self.linear_head()
+        logits = linear(hidden, weight, bias)
+        return softcap * (logits / softcap).tanh() if softcap else logits
+
+    def linear_head(self) -> tuple[Tensor, Tensor | None, float]:
+        """Weight [*L, D, V], bias [*L, V] and the softcap of ``logits``."""
+        weight, bias = (self.embedding.weight.mT, None) if self.head is None else (self.head.weight, self.head.bias)
+        return weight, bias, self.config.softcap
 
     def _position_vectors(self, tokens: Tensor, context: Context, cache: Cache | None) -> Tensor | float:
         time = tokens.shape[-1]
@@ -130,11 +141,14 @@ class Decoder(nn.Module):
         | embedding, position | N(0, embedding_std^2) |
         | matrices, linear_init "normal" | N(0, (init_std init_scale)^2); biases 0 |
         | matrices and biases, "uniform" | U(-1, 1) init_scale / sqrt(inputs): torch.nn.Linear's default (biases unscaled) |
+        | output_init "zero": a mixer's ``out`` and a feed-forward's ``down`` | 0 |
         | norms | weight 1, bias 0 |
         | a mixer's own | as its file says |
         """
         config = configs[0]
+        last = [("blocks.*.mixer.out.*", Constant(0.0)), ("blocks.*.feed_forward.down.*", Constant(0.0))]
         rules: list[tuple[str, Distribution]] = [
+            *(last if config.output_init == "zero" else []),
             *((f"blocks.{i}.mixer.{name}", rule) for i, block in enumerate(self._blocks) for name, rule in block.mixer.init_rules()),
             ("*norm.weight", Constant(1.0)),
             ("*norm.bias", Constant(0.0)),

@@ -41,6 +41,9 @@ class EmbeddingMLP(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)
 
+    def linear_head(self) -> tuple[Tensor, Tensor | None, float]:
+        return self.head.weight, self.head.bias, 0.0
+
     def init_cache(self, batch: int, length: int) -> Any:
         return None  # nothing to remember: every call reads the whole input
 

@@ -54,9 +54,7 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [*L, B, T] -> [*L, B, T, D]."""
-        if tokens.is_cuda:
-            return _Lookup.apply(tokens, self.weight)  # pyright: ignore[reportReturnType]
-        return _lookup(tokens, self.weight)
+        return lookup(tokens, self.weight)
 
 
 class UnitEmbedding(nn.Module):
@@ -73,6 +71,13 @@ class UnitEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [*L, B, T] -> [*L, B, T, D]."""
         return F.embedding(tokens, self.weight)
+
+
+def lookup(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows of a table [*L, V, D] by token ids [*L, B, T] -> [*L, B, T, D]; its gradient is the same bits every time."""
+    if tokens.is_cuda:
+        return _Lookup.apply(tokens, weight)  # pyright: ignore[reportReturnType]
+    return _lookup(tokens, weight)
 
 
 def _lookup(tokens: Tensor, weight: Tensor) -> Tensor:

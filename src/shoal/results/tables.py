@@ -251,7 +251,7 @@ def run_label(row: Row, paths: Sequence[str]) -> str:
 
 
 def cost(rows: Rows, fleets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Per fleet (text cells under "names") and in all: time, steps, FLOPs. A model's count flops["step"], that of one training step, gives totals."""
+    """Per fleet (text cells under "names") and in all: time, steps, FLOPs. A model's count flops["products"], that of one training step, gives totals."""
     lines, seconds, operations = [], 0.0, 0.0
     steps = {fleet["id"]: sum(row["steps"] for row in rows if row["fleet"] == fleet["id"]) for fleet in fleets}
     for fleet in fleets:
@@ -259,13 +259,13 @@ def cost(rows: Rows, fleets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         flops = model.get("flops") or {}
         flops = flops if isinstance(flops, Mapping) else {"": flops}
         seconds += done.get("seconds") or 0.0
-        operations += steps[fleet["id"]] * (flops.get("step") or 0)
-        counts = listing([f"{magnitude(count)} per {name}" if name else magnitude(count) for name, count in flops.items()])
+        operations += steps[fleet["id"]] * (flops.get("products") or 0)
+        counts = listing([f"{magnitude(count)} {name}" for name, count in flops.items()])
         sizes = [number(len(fleet["runs"])), number(model.get("parameters")), counts or NOTHING, number(steps[fleet["id"]])]
         time = duration(done.get("seconds")) if done else "unfinished"
         lines.append([str(fleet["id"]), *sizes, time, setting(fleet.get("choices") or {}) or NOTHING])
     total = {"seconds": seconds, "steps": sum(steps.values()), "flops": operations or None}
-    return {"names": ["fleet", "runs", "parameters", "FLOPs", "steps made", "time", "measured choices"], "lines": lines, "total": total}
+    return {"names": ["fleet", "runs", "parameters", "FLOPs per step", "steps made", "time", "measured choices"], "lines": lines, "total": total}
 
 
 def bar(estimate: Estimate | Verdict, scale: tuple[float, float], holds: Sequence[float] | None = None) -> dict[str, Any] | None:

@@ -20,4 +20,9 @@ STUDIES = {
     "recall-width": "shoal.studies.recall_width",
     "recall-state": "shoal.studies.recall_state",
     "recall-mamba-paper": "shoal.studies.recall_mamba_paper",
+    "flop-search": "shoal.studies.flop_search",
+    "flop-final": "shoal.studies.flop_final",
+    "ladder": "shoal.studies.ladder",
+    "ladder-beyond": "shoal.studies.ladder_beyond",
+    "gpt-tiny": "shoal.studies.gpt_tiny",
 }

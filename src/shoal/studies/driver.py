@@ -25,9 +25,10 @@ from typing import Any
 import torch
 
 from shoal import tasks
-from shoal.config import ModularConfig, ModuleConfig, RunConfig, StudyConfig, flatten, run_id
+from shoal.config import LanguageConfig, ModularConfig, ModuleConfig, RunConfig, StudyConfig, flatten, run_id
 from shoal.config.fields import ConfigError, check
 from shoal.config.load import structure, unstructure
+from shoal.data.encoded import encoded
 from shoal.inference.evaluate import tables_of
 from shoal.models.module import failed
 from shoal.results import claims
@@ -43,11 +44,13 @@ from shoal.studies.study import Study
 from shoal.studies.workers import together
 from shoal.train import checkpoint
 from shoal.train.fleet import Fleet, Table, joined
+from shoal.train.flops import Counts, budgeted
 from shoal.train.interventions import idle
 from shoal.train.plan import fleet_id, plan, validate
 from shoal.train.run import Run
 
-CHECKPOINT_EVERY = 60.0  # seconds of training that a crash may cost
+CHECKPOINT_EVERY = 60.0  # seconds of training that a crash may cost ...
+CHECKPOINT_SHARE = 0.05  # ... or more, where writing checkpoints would take a larger share of the time: three tables of all pairs of 17,000 tokens are 11 GB
 CHUNK_SECONDS = 0.5  # aimed at between two looks at the progress line
 LARGEST_FLEET = 1024
 COMPILE = {"auto": None, "on": True, "off": False}
@@ -184,8 +187,12 @@ def config_of(flat: Mapping[str, Any]) -> RunConfig:
 
 
 def _wanted(study: Study, rows: Rows) -> dict[str, RunConfig]:
-    """Id -> run, each once, with values as a file has them (1 for a rate is 1.0), so that a run read back has the same id. ConfigError for a wrong type."""
-    runs = [structure(RunConfig, unstructure(config)) for config in study.wanted(rows)]
+    """Id -> run, each once, with values as a file has them (1 for a rate is 1.0), so that a run read back has the same id, and the steps its budget pays for.
+
+    ConfigError for a wrong type, or a budget below one step.
+    """
+    prices: dict[RunConfig, Counts] = {}
+    runs = [budgeted(structure(RunConfig, unstructure(config)), prices) for config in study.wanted(rows)]
     return {run_id(config): config for config in runs}
 
 
@@ -255,7 +262,7 @@ def _train(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool 
         tables.append(table)
         shutil.rmtree(store.fleet_directory(identity), ignore_errors=True)  # begun before, but without a checkpoint nothing of it can be used
         store.start_fleet(identity, {"order": order, "runs": [{"id": run_id(r), "config": flatten(r)} for r in runs], **fleet.record()})
-    chunk, saved = 1, time.perf_counter()
+    chunk, saved, pause = 1, time.perf_counter(), CHECKPOINT_EVERY
     with _interruptions() as interrupted:
         while not (fleet.done or interrupted):
             began = time.perf_counter()
@@ -264,9 +271,10 @@ def _train(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool 
             chunk = max(1, min(chunk * 2, round(chunk * CHUNK_SECONDS / max(took, 1e-6))))  # results do not depend on it
             shown.update(name, fleet)
             checkpoint.save_snapshots(fleet, place.parent / checkpoint.SNAPSHOTS)
-            if time.perf_counter() - saved > CHECKPOINT_EVERY:
+            if (began := time.perf_counter()) - saved > pause:
                 _save(store, fleet, identity, place, tables)
                 tables, saved = [], time.perf_counter()
+                pause = max(CHECKPOINT_EVERY, (saved - began) / CHECKPOINT_SHARE)
         _save(store, fleet, identity, place, tables)
     if fleet.done:
         store.finish_fleet(identity, {"runs": fleet.outcomes(), "seconds": fleet.seconds, "steps": fleet.step})
@@ -369,6 +377,8 @@ def _record(study: Study, wanted: Sequence[RunConfig], device: str, preset: str 
         config[path] = values[0] if len(values) == 1 else values
     digest = hashlib.sha256(" ".join(map(run_id, wanted)).encode()).hexdigest()[:10]  # which values go together
     config["runs"] = f"{len(wanted)}, hash {digest}"
+    texts = [encoded(task).fingerprint for task in dict.fromkeys(run.task for run in wanted) if isinstance(task, LanguageConfig)]
+    config |= {"hash of text and tokenizer": ", ".join(dict.fromkeys(texts))} if texts else {}  # a file, or Python, may be another one tomorrow
     versions = {name: importlib.metadata.version(name) for name in ("shoal", "torch", "numpy")}
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {plural(torch.get_num_threads(), 'thread')}"
     return {

@@ -189,7 +189,7 @@ def _claims(cell: dict[str, Any], lr: float, decays: Sequence[float]) -> list[Cl
 
 def study(config: StudyConfig) -> Study:
     others = cells(replace(config, grid={path: values for path, values in config.grid.items() if path not in (LR, WD)}))
-    by, decays = list(others[0]), config.grid.get(WD, [config.run.optimizer.wd])
+    by, decays = list(others[0]), config.grid.get(WD, [getattr(config.run.optimizer, "wd", 0.0)])
     collapse = Shade(f"share lost: below {percent(LOST)} at the end", share_lost, "lost", limits=(0.0, 1.0), low_is_good=True)
     return Study(
         name="grokking-heatmap",

@@ -1,8 +1,9 @@
 """A fleet's state on disk: safetensors and JSON, never pickle, replaced as a whole directory.
 
 checkpoint/model.safetensors      every run as born: name -> [R, ...]
-checkpoint/optimizer.safetensors  the runs still in the fleet: "<moment>/<group>" -> [R', ...]
+checkpoint/optimizer.safetensors  the runs still in the fleet: "<moment>/<group>" -> [R', ...]; nothing once all have ended
 checkpoint/fleet.json             step, who is present, statuses, what the caller adds
+checkpoint/corpus.json            of language: the hash of text and tokenizer, and the tokenizer, which a run needs to write text
 snapshots/00001000.safetensors    every run as it was after so many updates, where RunConfig.snapshots asks for it
 """
 
@@ -24,13 +25,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shoal import models, tasks
-from shoal.config import RunConfig
+from shoal.config import LanguageConfig, RunConfig
 from shoal.config.fields import ConfigError, check
+from shoal.contracts import Task
+from shoal.tasks.language import LanguageTask
 from shoal.train.fleet import RUNNING, Fleet
 from shoal.train.layout import Layout
 from shoal.train.run import Run
 
-MODEL, OPTIMIZER, STATE, SNAPSHOTS = "model.safetensors", "optimizer.safetensors", "fleet.json", "snapshots"
+MODEL, OPTIMIZER, STATE, CORPUS, SNAPSHOTS = "model.safetensors", "optimizer.safetensors", "fleet.json", "corpus.json", "snapshots"
 
 
 def save(fleet: Fleet, directory: Path, extra: dict[str, Any]) -> None:
@@ -39,8 +42,8 @@ def save(fleet: Fleet, directory: Path, extra: dict[str, Any]) -> None:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     save_file({name: view.contiguous() for name, view in fleet.layout.views(fleet.everyone()).items()}, new / MODEL)
-    moments = {f"{moment}/{group}": x.contiguous() for moment, tensors in fleet.state.items() for group, x in tensors.items()}
-    save_file(moments, new / OPTIMIZER)
+    state = {} if fleet.done else fleet.state  # twice the weights, and nobody goes on from there
+    save_file({f"{moment}/{group}": x.contiguous() for moment, tensors in state.items() for group, x in tensors.items()}, new / OPTIMIZER)
     state = {
         "step": fleet.step,
         "evaluated": fleet.evaluated,
@@ -54,6 +57,8 @@ def save(fleet: Fleet, directory: Path, extra: dict[str, Any]) -> None:
         "extra": extra,
     }
     (new / STATE).write_text(json.dumps(state))
+    if isinstance(fleet.task, LanguageTask):
+        (new / CORPUS).write_text(json.dumps(fleet.task.memory()))
     for path in new.iterdir():
         _flush(path)
     if directory.exists():
@@ -75,11 +80,12 @@ def save_snapshots(fleet: Fleet, directory: Path) -> None:
 
 
 def load(runs: Sequence[RunConfig], directory: Path, device: str | torch.device) -> tuple[Fleet, dict[str, Any]]:
-    """The fleet as saved, and ``extra``."""
+    """The fleet as saved, and ``extra``. ConfigError if its corpus or its tokenizer is no longer what it was."""
     directory = _existing(directory)
     with _readable(directory / STATE):
         state = json.loads((directory / STATE).read_text())
     fleet = Fleet(runs, device, compile=state["compiled"])
+    fleet.task = _task(fleet.config, directory)
     fleet.step, fleet.evaluated, fleet.seconds = state["step"], state["evaluated"], state["seconds"]
     fleet.present = state["present"]
     layout = fleet.layout_of()
@@ -98,7 +104,10 @@ def load(runs: Sequence[RunConfig], directory: Path, device: str | torch.device)
 
 
 def load_run(config: RunConfig, place: int, directory: Path) -> Run:
-    """Run number ``place`` (as born) of the fleet saved there, by itself, read without its mates; with its snapshots, from the directory beside it."""
+    """Run number ``place`` (as born) of the fleet saved there, by itself, read without its mates; with its snapshots, from the directory beside it.
+
+    A language run has the tokenizer it was trained with; its corpus is looked at, and must be the same, when it is first asked for.
+    """
     directory = _existing(directory)
     with _readable(directory / STATE):
         state = json.loads((directory / STATE).read_text())
@@ -106,12 +115,20 @@ def load_run(config: RunConfig, place: int, directory: Path) -> Run:
     status, ended = here[place] if place in here else state["departed"][str(place)]
     made = state["step"] if status == RUNNING else ended
     files = {int(path.stem): path for path in sorted((directory.parent / SNAPSHOTS).glob("*.safetensors"))}
-    past = {step: partial(_run, config, place, path) for step, path in files.items() if step <= made}
-    return replace(_run(config, place, directory / MODEL), past=past)
+    task = _task(config, directory)
+    past = {step: partial(_run, config, task, place, path) for step, path in files.items() if step <= made}
+    return replace(_run(config, task, place, directory / MODEL), past=past)
 
 
-def _run(config: RunConfig, place: int, path: Path) -> Run:
-    task = tasks.build(config.task)
+def _task(config: RunConfig, directory: Path) -> Task:
+    path = directory / CORPUS
+    if not isinstance(config.task, LanguageConfig):
+        return tasks.build(config.task)
+    with _readable(path):
+        return LanguageTask(config.task, json.loads(path.read_text()))
+
+
+def _run(config: RunConfig, task: Task, place: int, path: Path) -> Run:
     with torch.device("meta"):
         model = models.build(config.model, task.vocab_size, task.max_length)
     with _readable(path), safe_open(path, "pt") as file:

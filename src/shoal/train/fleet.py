@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from shoal import models, rng, tasks
-from shoal.config import Muon, RunConfig, fields_per_run
+from shoal.config import BaumWelch, Muon, RunConfig, fields_per_run
 from shoal.contracts import Batch, Optimizer, State, Sums
 from shoal.nn import initialise
-from shoal.train import interventions, optimizers
+from shoal.train import diffusion, flops, interventions, optimizers
 from shoal.train.capture import Captured
 from shoal.train.interventions import Interventions
 from shoal.train.layout import Layout
@@ -191,11 +191,11 @@ class Fleet:
     def record(self) -> dict[str, Any]:
         """What a reader must know of this fleet beside its runs' configs (JSON values)."""
         batch = self._draw(self.tables, self.order_key, self.clock, self.config.batch_size)
-        rows, length, scored = *batch.tokens.shape[-2:], batch.targets.shape[-1]
-        num_parameters = sum(parameter[0].numel() for parameter in self.parameters.values())
+        shape, one = flops.shape_of(batch), self._new_model(())
+        num_parameters = sum(flops.parameters(one).values())
         return {
             "choices": {"device": str(self.device), "runs": len(self.runs), "compiled": self.compile, "threads": torch.get_num_threads()},
-            "model": {"parameters": num_parameters, "flops": {"step": 3 * self.model.flops(rows, length, scored)}, "batch": [rows, length, scored]},
+            "model": {"parameters": num_parameters, "flops": flops.step(self.config, one, shape)._asdict(), "batch": list(shape)},
             "data": [self.task.describe(self.tables, place) for place in range(len(self.present))],
         }
 
@@ -220,10 +220,11 @@ class Fleet:
 
     def _gradients(self, batch: Batch) -> tuple[Sums, list[Tensor]]:
         """Sums over the batch and the gradient of each run's summed loss, in ``accumulate`` pieces."""
-        keys = None
-        if getattr(self.model, "rate", None) is not None:
-            row = torch.arange(batch.tokens.shape[-2], device=self.device)
-            keys = rng.fold(rng.fold(self.noise_key, self.clock)[:, None], row)
+        keys, rows = None, batch.tokens.shape[-2]
+        if self.config.objective == "masked_diffusion":
+            keys = diffusion.row_keys(rng.fold(self.noise_key, self.clock), rows)
+        elif getattr(self.model, "rate", None) is not None:
+            keys = rng.fold(rng.fold(self.noise_key, self.clock)[:, None], torch.arange(rows, device=self.device))
         total, grads = None, []
         for piece, piece_keys in _pieces(batch, keys, self.config.accumulate):
             sums = self._objective(self.model, piece, piece_keys)
@@ -313,7 +314,10 @@ def joined(tables: Sequence[Table]) -> Table:
 
 
 def parameter_groups(config: Any, shapes: Mapping[str, Sequence[int]], hidden_matrices: Sequence[str], undecayed: Sequence[str] = ()) -> dict[str, list[str]]:
-    """What the optimizer is handed: group name -> parameters. Muon gets its matrices one by one, everything else comes as one or two vectors."""
+    """What the optimizer is handed: group name -> parameters. Muon gets its matrices one by one, Baum-Welch all tables; everything else comes as one or two
+    vectors."""
+    if isinstance(config, BaumWelch):
+        return {name: [name] for name in shapes}
     muon = isinstance(config, Muon)
     matrices = list(hidden_matrices) if muon else []
     rest = [name for name in shapes if name not in set(matrices)]

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from shoal.config import optimizers as configs
 from shoal.contracts import Optimizer, Params, State
+from shoal.train.baum_welch import BaumWelch
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan: the steepest quintic at 0 that keeps singular values in about [0.7, 1.2]
 CONVERGENT = (15 / 8, -10 / 8, 3 / 8)  # the quintic with slope and curvature 0 at 1: from there an error of 0.3 becomes 1e-9 in three steps
@@ -244,7 +245,14 @@ def _alike(matrices: Params) -> Iterable[list[str]]:
     return groups.values()
 
 
-OPTIMIZERS: dict[type, Any] = {configs.SGD: SGD, configs.Adam: Adam, configs.AdamW: AdamW, configs.Adagrad: Adagrad, configs.Muon: Muon}
+OPTIMIZERS: dict[type, Any] = {
+    configs.SGD: SGD,
+    configs.Adam: Adam,
+    configs.AdamW: AdamW,
+    configs.Adagrad: Adagrad,
+    configs.Muon: Muon,
+    configs.BaumWelch: BaumWelch,
+}
 
 
 def build(config: configs.OptimizerConfig) -> Optimizer:

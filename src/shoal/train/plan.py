@@ -10,12 +10,28 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from shoal import rng, tasks
-from shoal.config import DecoderConfig, EmbeddingMLPConfig, ModularConfig, ModuleConfig, Muon, RunConfig, fields_per_run, flatten, run_id
+from shoal.config import (
+    BaumWelch,
+    DecoderConfig,
+    EmbeddingMLPConfig,
+    HMMConfig,
+    LanguageConfig,
+    ModularConfig,
+    ModuleConfig,
+    Muon,
+    RunConfig,
+    fields_per_run,
+    flatten,
+    run_id,
+)
 from shoal.config.fields import ConfigError, check
 from shoal.contracts import Batch, Task
 from shoal.data.tokenizers import shortened
 from shoal.models.trial import try_out
+from shoal.tasks.language import LanguageTask
 from shoal.tasks.stream import check_size
+from shoal.train.diffusion import ROWS
+from shoal.train.flops import budgeted
 
 ZERO_OR_NOT = ("model.dropout", "clip", "gradient.noise", "weights.noise")  # per-run values, but whether there is any changes the program
 
@@ -52,7 +68,12 @@ def validate(run: RunConfig, device: str | None = None) -> None:
     """What one part of a config asks of another, or of the device: splits there are, a task the model can do. ConfigError names the field."""
     if isinstance(run.model, DecoderConfig) and run.model.scan == "triton":
         check(device != "cpu", "model.scan", 'the triton scan runs on a GPU only; set it to "auto" or "sequential"')
+    _check_objective(run)
     task = tasks.build(run.task)
+    if isinstance(task, LanguageTask) and run.objective == "masked_diffusion":
+        place = task.data.tokenizer.special["<mask>"]
+        fix = "take another tokenizer, or one without a mask token of its own"
+        check(place == task.vocab_size - 1, "task.tokenizer", f"has <mask> as token {place} of {task.vocab_size}, and masked_diffusion needs it last; {fix}")
     if isinstance(run.model, EmbeddingMLPConfig):
         if not isinstance(run.task, ModularConfig) or run.task.tokens != "residue" or run.task.loss != "answer":
             raise ConfigError(
@@ -64,18 +85,43 @@ def validate(run: RunConfig, device: str | None = None) -> None:
         part, _, only = split.partition(":")
         alone = isinstance(run.task, ModularConfig) and part in task.splits and only == run.task.operation  # "val:div" of division alone, as of a mixture
         if split not in task.splits and not alone:
-            raise ConfigError("evaluate", f"this task has no split {split!r}; it has {shortened(task.splits)}")
-    if "train" not in task.splits:
+            lacks = isinstance(run.task, LanguageConfig) and part in ("val", "test") and part not in task.splits
+            fix = f"; raise task.{part}_fraction to have one" if lacks else ""
+            raise ConfigError("evaluate", f"this task has no split {split!r}; it has {shortened(task.splits)}{fix}")
+    if "train" not in task.splits or isinstance(run.task, LanguageConfig):
         check_size(run.batch_size)
     if run.stop_metric is not None:
         split, _, metric = run.stop_metric.partition("/")
         if split not in run.evaluate or metric not in ("loss", "accuracy", "exact"):
             known = ", ".join(f"{s}/{m}" for s in run.evaluate for m in ("loss", "accuracy", "exact"))
             raise ConfigError("stop_metric", f"{run.stop_metric!r} is not measured; possible: {known or 'nothing, because evaluate names no split'}")
+    budgeted(run)
     if isinstance(run.model, ModuleConfig):
         reason = "muon is for hidden matrices, and which of a module's are hidden is not known"
         check(not isinstance(run.optimizer, Muon), "model", f"{reason}; set optimizer.type to adamw for {run.model.module}")
         try_out(run.model, list(_each_kind(run, task)), task.vocab_size, task.max_length, getattr(torch, run.precision))
+
+
+def _check_objective(run: RunConfig) -> None:
+    """What goes only with one model, optimizer or task."""
+    counts, em = run.objective == "likelihood", isinstance(run.optimizer, BaumWelch)
+    check(counts or not em, "objective", f"baumwelch learns from expected counts, which {run.objective} does not give; set it to likelihood")
+    check(
+        em or not counts,
+        "optimizer",
+        "the gradient of likelihood is expected counts, for baumwelch alone; set optimizer.type to baumwelch, or objective to cross_entropy",
+    )
+    check(not em or isinstance(run.model, HMMConfig), "model", "baumwelch and likelihood are for hidden Markov models; set model.type to hmm")
+    fills, sees_all = run.objective == "masked_diffusion", isinstance(run.model, DecoderConfig) and not run.model.causal
+    check(
+        sees_all or not fills, "model.causal", "masked_diffusion fills in what is hidden from both sides; set model.type to decoder and model.causal to false"
+    )
+    check(fills or not sees_all, "objective", "a model that sees the whole sequence sees the next token; set it to masked_diffusion, or model.causal to true")
+    has_mask = isinstance(run.task, LanguageConfig) and run.task.mask_token
+    check(
+        has_mask or not fills, "task.mask_token", "masked_diffusion needs a token to hide others behind; take the task language and set task.mask_token to true"
+    )
+    check(not fills or run.batch_size <= ROWS, "batch_size", f"masked_diffusion tells {ROWS:,} rows apart, not {run.batch_size:,}; lower it")
 
 
 def _each_kind(run: RunConfig, task: Task) -> Iterator[Batch]:
