@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything the log reports of GPUs. `benchmarks/h100.sh [spine] [grokking] [recall]`: these parts, or all; writes into $OUT (default: runs/gpu).
-# On one H100 about 25 minutes for the spine, 45 for grokking, 20 for recall; on several GPUs the studies of a part take turns, one GPU each.
+# Everything the log reports of GPUs. `benchmarks/h100.sh [spine] [grokking] [recall] [language]`: these parts, or all; writes into $OUT (default: runs/gpu).
+# On one H100 about 25 minutes for the spine, 45 for grokking, 45 for recall, 60 for language (GPT-2's vocabulary: pip install 'shoal[text]'); on several GPUs the studies of a part take turns, one GPU each.
 # Each study may be cut short: it resumes with the same command, and its report says how far it came.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -46,5 +46,12 @@ recall() {
     in_turn 900 recall-{induction,capacity,state,width,mamba-paper}
 }
 
-for part in "${@:-spine grokking recall}"; do for one in $part; do "$one"; done; done
+language() {
+    "$PYTHON" -W ignore benchmarks/linear_cross_entropy.py
+    "$PYTHON" -W ignore benchmarks/language.py --json "$OUT/language.json"
+    timeout 300 "$PYTHON" -m pytest -q -m gpu tests/gpu/test_linear_cross_entropy_gpu.py tests/gpu/test_recurrent_gpu.py
+    in_turn 900 flop-search ladder ladder-beyond gpt-tiny
+}
+
+for part in "${@:-spine grokking recall language}"; do for one in $part; do "$one"; done; done
 for directory in "$OUT"/*/; do "$PYTHON" -m shoal report "$directory"; done

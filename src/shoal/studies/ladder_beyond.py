@@ -198,7 +198,7 @@ def spent(by: Sequence[str]) -> Figure:
             steps, _ = min((row.curve(LOSS) for row in part), key=lambda curve: len(curve[0]))
             y = np.median([row.curve(LOSS)[1][: len(steps)] for row in part], axis=0)
             axis.plot(steps * part[0]["flops.products"], y, color=colour, label=setting(values))
-        scales(axis, False, False, [])
+        scales(axis, False, False, [LOSS])
         axis.set_xlabel("FLOPs in matrix products, training alone")
         axis.set_ylabel("validation loss (nats per token)")
         legend(drawing, axis)
