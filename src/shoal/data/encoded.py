@@ -33,12 +33,12 @@ from shoal.data.tokenizers import CharacterTokenizer, digest
 
 BATCH = 64  # passages that are encoded at once: 2 M characters
 TRAINED_ON = 2**26  # bytes of text a BPE is trained on at most: past that, every so many passages one is taken
-FORMAT = 1  # of what is kept; another number makes all of it again
+FORMAT = 2  # of what is kept; another number makes all of it again
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """D documents, N tokens. Every document is ``<s>``, its tokens, ``</s>``."""
+    """D documents, N tokens. Every document is ``<s>``, its tokens, ``</s>``; where one token is both, as GPT-2's, it stands once, before them."""
 
     tokens: np.ndarray  # memmap uint16 or uint32 [N]
     starts: np.ndarray  # int64 [D+1]: document d is tokens[starts[d] : starts[d + 1]]
@@ -177,6 +177,7 @@ def _write(
     starts, sizes, part, names = [0], [], [], []
     counts, dtype = np.zeros(tokenizer.vocab_size, np.int64), _dtype(tokenizer)
     begin, end = (np.array([tokenizer.special[name]], dtype).tobytes() for name in SPECIAL)
+    end = b"" if end == begin else end  # twice in a row it would teach a model to end what it has only begun
     with path.open("wb") as file:
         for index, corpus in enumerate(parts):
             read, last, stream = Digest(), -1, corpus.passages()

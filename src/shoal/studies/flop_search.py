@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from shoal.config import AdamW, DecoderConfig, LanguageConfig, RunConfig, Schedule, StudyConfig
 from shoal.config.load import to_yaml
@@ -18,6 +19,9 @@ from shoal.results.wording import number
 from shoal.studies.language import LOSS, by_loss, lower, pairs, reported
 from shoal.studies.study import Study, about, cells
 from shoal.studies.tuning import Tuning, of
+
+if TYPE_CHECKING:
+    from shoal.train.run import Run
 
 PLAIN, FOUND = "plain GPT", "best found"
 TUNING_SEEDS = (1000, 1001)  # never those that are reported
@@ -153,12 +157,9 @@ def _isoflop(rows: Rows) -> Drawing:
     return drawing
 
 
-def final_yaml(rows: Rows) -> list[dict[str, Any]]:
-    """The chosen configuration as `shoal train` reads it."""
-    from shoal.studies.driver import config_of
-
-    fresh = TUNING.fresh(rows)
-    return [{"final configuration": to_yaml(config_of(row.config))} for row in fresh[:1] if row["variant"] == FOUND]
+def final(run: Run, seed: int) -> list[dict[str, Any]]:
+    """The configuration that was found, as `shoal train` reads it."""
+    return [{"CONFIG.yaml": to_yaml(run.config)}] if run.config.variant == FOUND and run.config.seeds.split == seed else []
 
 
 def _claim(cell: dict[str, Any]) -> Claim:
@@ -170,7 +171,6 @@ def study(config: StudyConfig) -> Study:
     TUNING.check(config)
     others = cells(replace(config, variants={}))
     by = ["variant", *others[0]]
-    final = "What `shoal train` makes the best found again from."
     dots = "Last validation loss of every candidate, mean of the tuning seeds, by its size; a line goes through the best learning rate of each shape."
     return Study(
         name="flop-search",
@@ -178,11 +178,10 @@ def study(config: StudyConfig) -> Study:
         main_metric=LOSS,
         config=config,
         wanted=lambda rows: TUNING.wanted(config, rows),
-        measures={"pairs": reported(TUNING, pairs)},
+        measures={"pairs": reported(TUNING, pairs), "final configuration": partial(final, seed=config.first_seed)},
         tables=[
             TUNING.of_fresh(perplexities(by)),
             Table("candidates", candidates, "The best of each kind, and what came next to them, each at its best learning rate on the tuning seeds."),
-            Table("final", final_yaml, final),
         ],
         figures=[
             TUNING.of_fresh(curves(LOSS, by=by, name="fresh", caption="Validation loss, nats per token, of fresh seeds.")),
