@@ -19,6 +19,8 @@ import shoal.studies
 from shoal import cli
 from shoal.config import ModularConfig, RunConfig, StudyConfig
 from shoal.config.fields import ConfigError
+from shoal.inference import compare
+from shoal.inference.sampling import Sampling
 
 TOY = '''"""Does a toy learn? Said in the first line.
 
@@ -57,10 +59,9 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
     driver.train = record("train", types.SimpleNamespace(claims=[], report=Path("there/report.html")))
     driver.report = record("report", Path("there/report.html"))
     driver.load = record("load", "a run")
-    inference: Any = types.ModuleType("shoal.inference")
-    inference.generate = record("generate", "some text")
+    monkeypatch.setattr(compare, "side_by_side", record("side_by_side", [{"text": "some text"}]))
+    monkeypatch.setattr(sys.modules["shoal.inference.generate"], "stream", record("stream", iter(["some", " text"])))  # the package has a function generate
     monkeypatch.setitem(sys.modules, "shoal.studies.driver", driver)
-    monkeypatch.setitem(sys.modules, "shoal.inference", inference)
     (tmp_path / "toy_study.py").write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "toy_study", raising=False)
@@ -145,7 +146,13 @@ def test_train(toy: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_generate(toy: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, ["generate", "runs/toy:abc", "--prompt", "I love", "--tokens", "5", "--temperature", "0.5"]) == (0, "some text\n", "")
-    assert toy == [("load", ("runs/toy:abc",), {}), ("generate", ("a run", "I love"), {"max_tokens": 5, "temperature": 0.5, "seed": 0})]
+    how = Sampling(temperature=0.5)
+    assert toy == [("load", ("runs/toy:abc",), {}), ("stream", ("a run", "I love", 5, how, 0, None), {})]
+    toy.clear()
+    Path("two.json").write_text('["a", "b"]')
+    assert run(capsys, "generate runs/toy --prompts two.json --temperature 0,1 --samples 2 --top-k 5 --seed 3 --steps 9") == (0, "some text\n", "")
+    options = {"steps": 9, "top_k": 5, "top_p": 1.0, "penalty": 1.0}
+    assert toy == [("load", ("runs/toy",), {}), ("side_by_side", ("a run", ["a", "b"], [0.0, 1.0], 2, None, 3), options)]
 
 
 def test_report(toy: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,7 +177,7 @@ def test_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 BAD = {
     "rum": "unknown command 'rum'; did you mean run?",
-    "--foo": "unknown command '--foo'; known here: list, run, train, flops, generate, report, data, verify",
+    "--foo": "unknown command '--foo'; known here: list, run, train, flops, generate, score, classify, report, data, verify",
     "list extra": "Unrecognized options: extra; see shoal list --help",
     "list --foo 3": "--foo: unknown option; known here: help",
     "run": "Missing from shoal run: STUDY a name from `shoal list` (required); see shoal run --help",
@@ -202,11 +209,12 @@ BAD = {
     "train good.yaml --lr 3": "lr: unknown key; did you mean optimizer.lr?",
     "train good.yaml --step 3": "--step: unknown option; did you mean steps?",
     "train good.yaml --device cuda": '--device: "cuda" is not available here; use --device cpu',
-    "generate runs/toy": "Missing from shoal generate: --prompt TEXT what the model reads first (required); see shoal generate --help",
+    "generate runs/toy": "--prompt: give a text, or a file of them with --prompts; one of the two",
     "generate runs/toy --prompt x --tokens -1": "--tokens: must be 0 (as far as the positions reach) or more, not -1",
     "generate runs/toy --prompt x --temperature -1": "--temperature: must be 0 (the likeliest token) or more, not -1.0",
     "generate runs/toy --prompt x --temperature nan": "--temperature: must be 0 (the likeliest token) or more, not nan",
     "generate runs/toy --prompt x --seed -1": "--seed: is a whole number from 0 to 2**31 - 1, not -1",
+    "generate runs/toy --prompt x --top-p 0": "--top-p: must lie above 0 and not above 1 (all tokens), not 0.0",
     "generate runs/toy --prompt x --temprature 1": "--temprature: unknown option; did you mean temperature?",
     "report": "Missing from shoal report: DIR where the study was written (required); see shoal report --help",
     "data": "Missing from shoal data: TASK modular, recall, mqar or language (required) "

@@ -6,6 +6,7 @@ import csv
 import gzip
 import itertools
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -161,6 +162,11 @@ BAD = {  # file, its bytes -> what the message says
     "half.jsonl": (b'{"text": "a\\ud800"}', r"half.jsonl line 1: character 1 is half of a surrogate pair"),
     "wide.csv": (b"text,label\nok,1\none, two,1\n", r"wide.csv line 3: a row of 3 fields under a header of 2 \(text, label\).*quotes"),
     "short.csv": (b"text,label\nok\n", r"line 2: a row of 1 fields under a header of 2"),
+    "deep.jsonl": (b"[" * 200_000, r"deep.jsonl line 1 is no JSON"),
+    "digits.jsonl": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", r"digits.jsonl line 1 is no JSON .*5000 digits"),
+    "open.csv": (b'text\nok\n"never closed\nmore\n', r"task.corpus: .*open.csv line 4: unexpected end of data; close every quote"),
+    "twice.csv": (b"text,text\na,b\n", r"task.column: .*twice.csv has several columns 'text'; rename all but one"),
+    "twice.tsv": (b"text\ttext\na\tb\n", r"task.column: .*twice.tsv has several columns 'text'"),
     "bad.parquet": (b"PAR1 no", r"cannot be read as Parquet"),
     "what.doc": (b"text", r"what.doc is of no known form \(.txt .py"),
 }
@@ -172,6 +178,21 @@ def test_what_cannot_be_read(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         texts(tmp_path / name)
+
+
+def test_a_column_twice_in_parquet(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table([["a"], ["b"], ["c"]], names=["text", "text", "id"]), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"task.column: .*a.parquet has several columns 'text'; rename all but one"):
+        texts(tmp_path / "a.parquet")
+
+
+def test_a_directory_with_what_is_no_file(tmp_path: Path) -> None:
+    """A pipe would be waited for."""
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "missing.txt")
+    (tmp_path / "c.txt").mkdir()
+    os.mkfifo(tmp_path / "d.txt")
+    assert texts(tmp_path) == ["one"]
 
 
 def test_nothing_there(tmp_path: Path) -> None:

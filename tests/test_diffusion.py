@@ -20,6 +20,7 @@ from shoal.config.fields import ConfigError
 from shoal.contracts import Batch, Context
 from shoal.inference import diffusion as sampler
 from shoal.inference import evaluate, generate
+from shoal.inference.sampling import Sampling
 from shoal.models.decoder import Decoder
 from shoal.train.diffusion import masked_diffusion, rates, row_keys
 from shoal.train.fleet import Fleet
@@ -30,6 +31,7 @@ from shoal.train.run import Run
 V, T = 7, 6
 MASK = V - 1
 TASK = LanguageConfig(corpus=str(CORPUS), tokenizer="characters", length=8, val_fraction=0.2, mask_token=True)
+HOT = Sampling(temperature=1.0)
 RUN = replace(MODULAR, task=TASK, model=replace(SMALL, num_layers=1, causal=False), objective="masked_diffusion", batch_size=8, steps=30, evaluate_every=15)
 
 
@@ -265,7 +267,7 @@ def test_samples_have_the_models_distribution() -> None:
     """One token at a time from a model that knows the posteriors gives the chain, whichever place is uncovered first. Of so many steps few uncover two."""
     run: Any = type("Stub", (), {"model": Chain()})()
     count, num = 1000, 3
-    out = sampler.sample(run, torch.zeros(count, 1, dtype=torch.int64), num, 500, 1.0, rng.fold(rng.key(torch.tensor(0), "sample"), torch.arange(count)))
+    out = sampler.sample(run, torch.zeros(count, 1, dtype=torch.int64), num, 500, HOT, rng.fold(rng.key(torch.tensor(0), "sample"), torch.arange(count)))
     assert out.shape == (count, num) and (out < MASK).all()
     steps = torch.cat((torch.zeros(count, 1, dtype=torch.int64), out), 1).diff(dim=1) % MASK
     steps = steps[(steps < 3).all(-1)]
@@ -280,14 +282,14 @@ def test_sampler_in_few_steps() -> None:
     run: Any = type("Stub", (), {"model": Chain()})()
     key = rng.fold(rng.key(torch.tensor(1), "sample"), torch.arange(4000))
     prompt = torch.tensor([[1, 2]]).expand(4000, 2)
-    out = sampler.sample(run, prompt, 2, 1, 1.0, key)
+    out = sampler.sample(run, prompt, 2, 1, HOT, key)
     marginal = (Chain().transition @ Chain().transition)[2] * 4000
     there = marginal > 0
     assert chisquare(torch.bincount(out[:, 1], minlength=MASK)[there].numpy(), marginal[there].numpy()).pvalue > 1e-3
-    assert sampler.sample(run, prompt[:9], 2, 1, 1.0, key[:9]).equal(out[:9])
-    assert (sampler.sample(run, prompt[:9], 3, 2, 0.0, key[:9])[:, 0] == 2).all()
+    assert sampler.sample(run, prompt[:9], 2, 1, HOT, key[:9]).equal(out[:9])
+    assert (sampler.sample(run, prompt[:9], 3, 2, Sampling(), key[:9])[:, 0] == 2).all()
     with pytest.raises(ConfigError, match="steps"):
-        sampler.sample(run, prompt, 2, 0, 1.0, key)
+        sampler.sample(run, prompt, 2, 0, HOT, key)
 
 
 def test_generate() -> None:
@@ -296,5 +298,5 @@ def test_generate() -> None:
     run: Run = fleet.one(0)
     assert isinstance(generate(run, "a", temperature=1.0), str)
     assert len(generate(run, "a", max_tokens=3, temperature=1.0, seed=1)) <= 3
-    with pytest.raises(ConfigError, match="tokens: must lie between 1 and 6"):
-        generate(run, "a", max_tokens=7)
+    with pytest.raises(ConfigError, match="tokens: must lie between 1 and 7, as the model has 8 positions, not 8"):
+        generate(run, "a", max_tokens=8)

@@ -56,6 +56,12 @@ def short(name: str, steps: int) -> list[RunConfig]:
     return [replace(run, steps=steps, evaluate_every=7) for run in FLEETS[name]]
 
 
+def test_steps_are_whole_numbers() -> None:
+    """Also where float32 has no odd ones any more: else a run never ends, or ends early."""
+    many = [2**24 + 1, 2**24 + 3]
+    assert Fleet.build([replace(with_seed(MODULAR, seed), steps=steps) for seed, steps in enumerate(many)], "cpu").steps.tolist() == many
+
+
 # --- a run and its fleet
 
 

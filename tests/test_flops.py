@@ -200,6 +200,11 @@ def test_a_budget_below_one_step(rule: Any) -> None:
         assert f"{price:.4g}" in str(error.value)
 
 
+def test_a_budget_beyond_counting() -> None:
+    with pytest.raises(ConfigError, match=r"^budget: 1e\+40 FLOPs pay for .* steps of .* each, more than can be counted; lower it"):
+        budgeted(replace(RUN, budget=1e40))
+
+
 def test_the_shape_is_the_fleets() -> None:
     for run in (RUN, replace(RUN, task=RecallConfig(length=9, train_lengths="uniform"), batch_size=6), replace(RUN, task=MemorizeConfig(), batch_size=0)):
         from shoal.train.fleet import Fleet

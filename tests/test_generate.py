@@ -18,6 +18,7 @@ from shoal.inference import evaluate, generate, next_token_probabilities
 from shoal.inference.evaluate import batches
 from shoal.inference.generate import sample
 from shoal.inference.pick import pick
+from shoal.inference.sampling import Sampling
 from shoal.train.fleet import Fleet
 from shoal.train.run import Run
 
@@ -50,10 +51,10 @@ def test_greedy_continues_what_was_memorised(memory: Run) -> None:
 def test_a_batch_is_each_prompt_by_itself(memory: Run) -> None:
     prompts = torch.tensor([[*memory.task.start, *memory.task.tokenizer.encode(text[:4])] for text in (TEXT, "no, we do not")])
     keys = rng.key(torch.arange(2), "sample")
-    together = sample(memory, prompts, 8, 1.0, keys)
+    together = sample(memory, prompts, 8, Sampling(temperature=1.0), keys)
     assert together.shape == (2, 8)
     for row in range(2):
-        assert sample(memory, prompts[row : row + 1], 8, 1.0, keys[row : row + 1])[0].equal(together[row])
+        assert sample(memory, prompts[row : row + 1], 8, Sampling(temperature=1.0), keys[row : row + 1])[0].equal(together[row])
 
 
 def test_probabilities_are_those_of_sampling(memory: Run) -> None:
@@ -135,5 +136,5 @@ def test_refusals_of_tables() -> None:
 
 def test_the_longest_prompt_has_room_for_one_token() -> None:
     run = Fleet.build([replace(MODULAR, task=MemorizeConfig(strings=(TEXT,)), evaluate=("train",))]).one(0)
-    assert len(sample(run, torch.tensor([[*run.task.start, *run.task.tokenizer.encode(TEXT)]]), 1, 0.0, torch.zeros(1, dtype=torch.int64))[0]) == 1
+    assert len(sample(run, torch.tensor([[*run.task.start, *run.task.tokenizer.encode(TEXT)]]), 1, Sampling(), torch.zeros(1, dtype=torch.int64))[0]) == 1
     assert len(generate(run, TEXT)) <= 1

@@ -25,10 +25,11 @@ MAY_IMPORT = {  # room -> other rooms of shoal
     "tasks": CONTRACTS | {"data"},
     "results": {"config"},
     "train": CONTRACTS | {"nn", "mixers", "models", "data", "tasks"},
-    "inference": CONTRACTS | {"nn", "mixers", "models", "data", "tasks", "train"},
+    "inference": CONTRACTS | {"nn", "mixers", "models", "data", "tasks", "train", "results"},
     "studies": CONTRACTS | {"nn", "mixers", "models", "data", "tasks", "train", "inference", "results"},
     "verify": CONTRACTS | {"nn", "mixers"},
-    "cli": CONTRACTS | {"data", "tasks", "train", "inference", "results", "studies", "verify"},
+    "commands": CONTRACTS | {"data", "inference", "studies"},
+    "cli": CONTRACTS | {"commands", "data", "tasks", "train", "inference", "results", "studies", "verify"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ from laws_training import SMALL, finished, task_of
 from scipy.stats import chisquare
 
 from shoal import cli
-from shoal.config import AdamW, LanguageConfig, RunConfig, with_seed
+from shoal.config import AdamW, BigramConfig, LanguageConfig, RunConfig, with_seed
 from shoal.config.fields import ConfigError
 from shoal.data.encoded import Encoded
 from shoal.data.subword import ByteTokenizer
@@ -26,7 +27,7 @@ from shoal.inference import evaluate, generate
 from shoal.studies import driver
 from shoal.tasks import language
 from shoal.tasks.language import LanguageTask, bigram_nats
-from shoal.train import checkpoint
+from shoal.train import checkpoint, plan
 from shoal.train.fleet import Fleet
 from shoal.train.plan import validate
 
@@ -266,6 +267,15 @@ def test_refused_settings(corpus: LanguageConfig) -> None:
         list(task.evaluation(tables, "test", 5))
 
 
+def test_a_table_of_pairs_too_large(corpus: LanguageConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunConfig(task=corpus, model=BigramConfig(), batch_size=8, evaluate=("val",))
+    monkeypatch.setattr(plan, "LARGEST_TABLE", len(LETTERS) + 2)
+    validate(run)
+    monkeypatch.setattr(plan, "LARGEST_TABLE", len(LETTERS) + 1)
+    with pytest.raises(ConfigError, match=r"model.type: a table of pairs has the square of the vocabulary, 32; .*set task.reindex to true"):
+        validate(run)
+
+
 def test_the_table_of_documents(corpus: LanguageConfig, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["data", "language", "--corpus", corpus.corpus, "--tokenizer", "characters", "--length", "16", "--val-fraction", "0.2", "--seed", "1"]
     assert cli.main([*line, "--out", "table.tsv"]) == 0
@@ -281,6 +291,35 @@ def test_the_table_of_documents(corpus: LanguageConfig, room: Path, capsys: pyte
     assert cli.main([*line, "--split", "contiguous", "--out", "cut.tsv"]) == 0
     splits = [row.split("\t")[3] for row in (room / "cut.tsv").read_text().splitlines()[1:]]
     assert splits == sorted(splits) and splits.count("train+val") <= 1 and Counter(splits).keys() >= {"train", "val"}
+
+
+def test_names_that_are_no_text(room: Path) -> None:
+    for name in (b"a\xff.txt", b"b.txt"):
+        Path(os.fsdecode(os.fsencode(room / "notes") + b"/" + name)).parent.mkdir(exist_ok=True)
+        Path(os.fsdecode(os.fsencode(room / "notes") + b"/" + name)).write_text(name.decode(errors="replace") * 30)
+    assert cli.main(["data", "language", "--corpus", "notes", "--tokenizer", "bytes", "--length", "16", "--val-fraction", "0.4", "--out", "table.tsv"]) == 0
+    names = [line.split("\t")[0] for line in (room / "table.tsv").read_text(encoding="utf-8").splitlines()]
+    assert names == ["document", "a\ufffd.txt", "b.txt"]
+
+
+def test_documents_on_both_sides(corpus: LanguageConfig, room: Path) -> None:
+    """Validation that was trained on is counted, and not silent where it is more than a little."""
+
+    def told(**changes: Any) -> tuple[int | None, list[str]]:
+        task, tables, _ = task_of([replace(corpus, tokenizer="bytes", test_fraction=0.0, **changes)])
+        facts = task.describe(tables, 0)
+        return facts.get("val documents in train"), facts.get("notes", [])
+
+    some = texts(1)[3:8] + texts(2)[:20]
+    sizes = [len(text.encode()) + 2 for text in some]
+    assert told() == (0, []) and told(val_corpus=write(room / "new.jsonl", texts(2))) == (0, [])
+    all_of_it = "40 of 40 documents of val stand in train, too, word for word: 100.0% of its tokens are no test"
+    assert told(val_corpus=corpus.corpus) == (40, [all_of_it])
+    count, notes = told(val_corpus=write(room / "some.jsonl", some))
+    assert count == 5 and notes[0].startswith("5 of 25") and f": {sum(sizes[:5]) / sum(sizes):.1%} of its tokens" in notes[0]
+    assert told(val_corpus=write(room / "few.jsonl", [*texts(2), *texts(3), min(texts(1), key=len)])) == (1, [])
+    twice = write(room / "twice.jsonl", [text for text in texts(1) for _ in range(3)])
+    assert "stand in train, too" in told(corpus=twice)[1][0] and told(corpus=twice, split="contiguous") == (None, [])
 
 
 SONG = ["We went out and we came in again.", "They came in and they went out again.", "The boats went out and the boats came in."] * 6

@@ -195,6 +195,11 @@ def test_tokenizers_that_change_text_are_refused(tmp_path: Path) -> None:
             SubwordTokenizer(model)
     for model, message in (
         (changed(model={"type": "WordPiece", "vocab": {"a": 0}}), "its model is WordPiece; only byte-level BPE"),
+        (changed(model=None), "its model is None"),
+        (
+            byte_level({**bpe().model["model"]["vocab"], "ab": 10**8}, []),
+            "its largest id is 100,000,000, for [0-9]+ tokens; number them from 0, to 1,048,575",
+        ),
         (changed(decoder=None), "its tokens are not bytes"),
         (changed(model={"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}), "cannot be loaded"),
         (byte_level({"a": 0, "b": 1}, []), "2 of the 256 single bytes"),
@@ -208,6 +213,11 @@ def test_tokenizers_that_change_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer 'bpee'; known: characters, bytes, bpe, gpt2"):
         named("bpee")
     (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(bpe().model["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"merges.txt is not UTF-8"):
+        named(str(tmp_path))
+    (tmp_path / "vocab.json").unlink()
     with pytest.raises(ConfigError, match=r"has neither tokenizer.json nor vocab.json and merges.txt"):
         named(str(tmp_path))
 

@@ -23,7 +23,7 @@ _HOME = {
     "shoal.results.figures": ("Figure", "curves", "dots", "survival"),
     "shoal.results.rows": ("Rows",),
     "shoal.studies.driver": ("run", "load", "report"),
-    "shoal.inference": ("evaluate", "generate"),
+    "shoal.inference": ("evaluate", "generate", "score", "classify"),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -7,6 +7,8 @@ and tells you, with statistics, what they learned.
   shoal train gpt.yaml --optimizer.lr 3e-3          train one run that a file describes
   shoal flops gpt.yaml --budget 1e15                what it costs, before it is trained
   shoal generate runs/sanity --prompt "I love"      text from a trained run
+  shoal score runs/sanity --file notes.txt          perplexity of a file, or how probable a text is
+  shoal classify runs/flop-final reviews.csv        positive or negative, without training for it
   shoal report runs/grokking                        write a study's report again
   shoal data modular --p 97 --out table.tsv         a task's data as a table
   shoal verify                                      check the scan and the mixers against independent code
@@ -35,6 +37,7 @@ import importlib.metadata
 import importlib.util
 import io
 import itertools
+import json
 import math
 import os
 import shlex
@@ -43,19 +46,20 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from shoal.commands import Classify, Device, Score
+from shoal.commands import driver as _driver
+from shoal.commands import has_gpu as _has_gpu
 from shoal.config import LanguageConfig, ModularConfig, MQARConfig, RecallConfig, RunConfig, StudyConfig, fields_per_run, flatten
 from shoal.config.core import type_name
 from shoal.config.fields import ConfigError, check
 from shoal.config.load import load_run, nearest, override, parse_overrides
 
 MAX_RUNS = 2000  # more have to be confirmed with --yes
-Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,26 +161,74 @@ class Flops:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Continue a text with a trained run.
+    """Continue a text with a trained run: as it comes; or several texts or temperatures side by side, with how much each temperature repeats itself.
+
+    Several: shoal generate runs/gpt --prompts prompts.json --temperature 0,0.7,1 --samples 3
 
     Example: shoal generate runs/sanity --prompt "I love"
     """
 
     target: ClassVar = ()
     run: Annotated[Positional[str], arg(metavar="RUN")]  # DIR or DIR:ID
-    prompt: Annotated[str, arg(metavar="TEXT")]  # what the model reads first
-    tokens: Annotated[int, arg(metavar="N")] = 0  # how many at most; 0 = as far as the model's positions reach
-    temperature: Annotated[float, arg(metavar="T")] = 0.0  # 0 = always the likeliest token
-    seed: Annotated[int, arg(metavar="N")] = 0  # of the draws, at a temperature above 0
+    prompt: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None  # what the model reads first
+    prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None  # or several: a .json list, .jsonl with prompt or text, or one a line
+    tokens: Annotated[int, arg(metavar="N")] = 0  # how many at most; 0 = as far as the positions reach that were trained on
+    temperature: Annotated[str, arg(metavar="T[,T..]")] = "0"  # 0 = always the likeliest token
+    top_k: Annotated[int, arg(metavar="K")] = 0  # draw from the K likeliest tokens; 0 = from all
+    top_p: Annotated[float, arg(metavar="P")] = 1.0  # draw from the fewest likeliest tokens that together have this probability; 1 = from all
+    repetition_penalty: Annotated[float, arg(metavar="X")] = 1.0  # divides the logits of tokens that occur already (Keskar et al. 2019); 1 = none
+    samples: Annotated[int, arg(metavar="N")] = 1  # of each prompt at each temperature; sample s has the seed S + s
+    seed: Annotated[int, arg(metavar="S")] = 0  # of the draws, at a temperature above 0
+    steps: Annotated[int, arg(metavar="N")] = 0  # of masked diffusion, to fill all places; 0 = one for each token
+    out: Annotated[Path | None, arg(metavar="FILE.jsonl", help_behavior_hint="")] = None  # also write prompt, temperature, seed, text and tokens, a line each
+    device: Device = "auto"  # where to generate
 
     def __call__(self) -> None:
-        check(self.tokens >= 0, "--tokens", f"must be 0 (as far as the positions reach) or more, not {self.tokens}")
-        check(0 <= self.temperature < math.inf, "--temperature", f"must be 0 (the likeliest token) or more, not {self.temperature}")
-        check(0 <= self.seed < 2**31, "--seed", f"is a whole number from 0 to 2**31 - 1, not {self.seed}")
-        run = _driver().load(self.run)
-        from shoal.inference import generate
+        temperatures = self._check()
+        found = _has_gpu(self.device)
+        from shoal.inference.compare import side_by_side, table
+        from shoal.inference.generate import stream
+        from shoal.inference.prompts import read
+        from shoal.inference.sampling import Sampling
 
-        print(generate(run, self.prompt, max_tokens=self.tokens or None, temperature=self.temperature, seed=self.seed))
+        texts = [self.prompt] if self.prompt is not None else read(self.prompts or Path())
+        run = _driver().load(self.run)
+        if found:
+            run.model.to("cuda")
+        options = {"top_k": self.top_k, "top_p": self.top_p, "penalty": self.repetition_penalty}
+        tokens, steps = self.tokens or None, self.steps or None
+        if len(texts) * len(temperatures) * self.samples == 1 and self.out is None:
+            for piece in stream(run, texts[0], tokens, Sampling(temperature=temperatures[0], **options), self.seed, steps):
+                print(piece, end="", flush=True)
+            return print()
+        lines = side_by_side(run, texts, temperatures, self.samples, tokens, self.seed, steps=steps, **options)
+        if self.out is not None:
+            from shoal.tasks.stream import write_new
+
+            write_new(self.out, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        print(table(lines) if len(lines) > 1 else lines[0]["text"])
+
+    def _check(self) -> list[float]:
+        """The temperatures."""
+        try:
+            temperatures = [float(part) for part in self.temperature.split(",")]
+        except ValueError:
+            raise ConfigError("--temperature", f"give a number, or several such as 0,0.7,1, not {self.temperature!r}") from None
+        for temperature in temperatures:
+            check(0 <= temperature < math.inf, "--temperature", f"must be 0 (the likeliest token) or more, not {temperature}")
+        check(len(set(temperatures)) == len(temperatures), "--temperature", f"give each once, not {self.temperature}")
+        check((self.prompt is None) != (self.prompts is None), "--prompt", "give a text, or a file of them with --prompts; one of the two")
+        check(self.tokens >= 0, "--tokens", f"must be 0 (as far as the positions reach) or more, not {self.tokens}")
+        check(self.top_k >= 0, "--top-k", f"must be 0 (all tokens) or more, not {self.top_k}")
+        check(0 < self.top_p <= 1, "--top-p", f"must lie above 0 and not above 1 (all tokens), not {self.top_p}")
+        check(0 < self.repetition_penalty < math.inf, "--repetition-penalty", f"must be above 0 (1 = none), not {self.repetition_penalty}")
+        check(self.samples >= 1, "--samples", f"must be 1 or more, not {self.samples}")
+        check(self.steps >= 0, "--steps", f"must be 0 (one for each token) or more, not {self.steps}")
+        check(0 <= self.seed <= 2**31 - self.samples, "--seed", f"is a whole number from 0 to 2**31 - {self.samples}, not {self.seed}")
+        if self.out is not None:
+            check(not self.out.exists(), "--out", f"{self.out} exists already; name another file or remove this one")
+            check(self.out.parent.is_dir(), "--out", f"there is no directory {self.out.parent}")
+        return temperatures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +293,18 @@ class Verify:
             raise SystemExit(_stop(f"not as it should be: {'; '.join(wrong)}", 1))
 
 
-COMMANDS: dict[str, Any] = {"list": List, "run": Run, "train": Train, "flops": Flops, "generate": Generate, "report": Report, "data": Data, "verify": Verify}
+COMMANDS: dict[str, Any] = {
+    "list": List,
+    "run": Run,
+    "train": Train,
+    "flops": Flops,
+    "generate": Generate,
+    "score": Score,
+    "classify": Classify,
+    "report": Report,
+    "data": Data,
+    "verify": Verify,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -342,21 +405,6 @@ def _print_fields(config: StudyConfig) -> None:
     for path, value in flat.items():
         kind = "per run" if path in per_run else "structural" if path.startswith("run.") else "study"
         print(f"{path:{width}}  {kind:10}  {value}")
-
-
-def _has_gpu(device: Device) -> bool:
-    if device == "cpu":
-        return False
-    import torch
-
-    found = torch.cuda.is_available()
-    check(found or device == "auto", "--device", '"cuda" is not available here; use --device cpu')
-    return found
-
-
-def _driver() -> ModuleType:
-    """Imported by the commands that need it: it takes torch, and seconds."""
-    return importlib.import_module("shoal.studies.driver")
 
 
 def _finish(result: Any) -> None:

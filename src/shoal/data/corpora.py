@@ -77,7 +77,8 @@ def sources(corpus: str, column: str = "text", max_bytes: int = 0) -> list[tuple
         _reader(path)
         return [(path.name, path)]
     if path.is_dir():
-        found = [(name, file) for name, file in installed.inside(path, lambda name: not name.startswith(".")) if _suffix(file) in READERS]
+        inside = installed.inside(path, lambda name: not name.startswith("."))
+        found = [(name, file) for name, file in inside if _suffix(file) in READERS and file.is_file()]  # neither pipes nor broken links
         check(bool(found), "task.corpus", f"the directory {path} has no file of a known form ({FORMS})")
     else:
         found = [(Path(name).as_posix(), Path(name)) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
@@ -177,7 +178,7 @@ def _json(source: str, path: Path, column: str) -> Iterator[tuple[str, Iterable[
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # that of a number with thousands of digits is no JSONDecodeError
             raise ConfigError("task.corpus", f"{path} line {number} is no JSON ({error}); one object a line is expected") from None
         check(isinstance(row, dict), "task.corpus", f"{path} line {number} is not an object; one a line is expected (jq -c '.[]' makes them of a list)")
         yield f"{source}:{number}", [_field(row, column, f"{path} line {number}")]
@@ -186,16 +187,18 @@ def _json(source: str, path: Path, column: str) -> Iterator[tuple[str, Iterable[
 def _table(source: str, path: Path, column: str) -> Iterator[tuple[str, Iterable[str]]]:
     csv.field_size_limit(2**31 - 1)  # a document may well pass the module's 128 kB
     lines = _lines(path)
-    reader = csv.reader(lines) if _suffix(path) == ".csv" else csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    reader = csv.reader(lines, strict=True) if _suffix(path) == ".csv" else csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
         header = next(reader, [])
+        _named_once(header, column, path)
         for row in reader:
             count = f"{path} line {reader.line_num}: a row of {len(row)} fields under a header of {len(header)} ({_some(header)})"
             check(len(row) in (0, len(header)), "task.corpus", f"{count}; put quotes around fields with commas or line ends")
             if row:
                 yield f"{source}:{reader.line_num}", [_field(dict(zip(header, row, strict=True)), column, str(path))]
     except csv.Error as error:
-        raise ConfigError("task.corpus", f"{path} line {reader.line_num}: {error}") from None
+        fix = "close every quote that opens a field, and double those within it"
+        raise ConfigError("task.corpus", f"{path} line {reader.line_num}: {error}; {fix}") from None
 
 
 def _parquet(source: str, path: Path, column: str) -> Iterator[tuple[str, Iterable[str]]]:
@@ -206,6 +209,7 @@ def _parquet(source: str, path: Path, column: str) -> Iterator[tuple[str, Iterab
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             check(column in names, "task.column", f"{path} has no column {column!r}; there are: {_some(names)}")
+            _named_once(names, column, path)
             number = itertools.count(1)
             for batch in file.iter_batches(batch_size=64, columns=[column]):
                 for row in batch.to_pylist():
@@ -233,6 +237,10 @@ def _field(row: dict[str, object], column: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise ConfigError("task.corpus", f"{where}: character {error.start} is half of a surrogate pair, no text; remove it") from None
     return text
+
+
+def _named_once(names: list[str], column: str, path: Path) -> None:
+    check(names.count(column) <= 1, "task.column", f"{path} has several columns {column!r}; rename all but one")
 
 
 def _some(names: list[str]) -> str:

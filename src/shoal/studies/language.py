@@ -99,12 +99,13 @@ def texts(run: Run, prompt: str, count: int, max_tokens: int) -> list[tuple[str,
 
     from shoal import rng
     from shoal.inference.generate import room_after, sample
+    from shoal.inference.sampling import Sampling
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     moved = dataclasses.replace(run, model=copy.deepcopy(run.model).to(device))
     begun = [*run.task.start, *run.task.tokenizer.encode(prompt)][-(run.task.max_length // 2) :]
     tokens, keys = torch.tensor([begun] * count), rng.fold(rng.key(torch.tensor(SEED), "sample"), torch.arange(count))
-    produced = sample(moved, tokens.to(device), min(max_tokens, room_after(run, len(begun))), TEMPERATURE, keys.to(device)).tolist()
+    produced = sample(moved, tokens.to(device), min(max_tokens, room_after(run, len(begun))), Sampling(temperature=TEMPERATURE), keys.to(device)).tolist()
     ends = [tokens.index(run.task.end) if run.task.end in tokens else None for tokens in produced]
     return [(run.task.tokenizer.decode(tokens[:end]), end is not None) for tokens, end in zip(produced, ends, strict=True)]
 
@@ -147,8 +148,8 @@ def parsed_code(task: LanguageConfig, tokens: int) -> float:
     from shoal.data.encoded import encoded
 
     data = encoded(task)
-    edges = [(begin + 1, end - 1) for begin, end in zip(data.starts[:1000].tolist(), data.starts[1:1001].tolist(), strict=False)]  # without <s> and </s>
-    cut = [(data.tokenizer.decode(data.tokens[begin : min(end, begin + tokens)].tolist()), end - begin < tokens) for begin, end in edges]
+    edges = [(begin + 1, end) for begin, end in zip(data.starts[:1000].tolist(), data.starts[1:1001].tolist(), strict=False)]  # without <s>
+    cut = [(data.tokenizer.decode(data.tokens[begin : min(end, begin + tokens)].tolist()), end - begin <= tokens) for begin, end in edges]
     return sum(parses(*one) for one in cut) / len(cut)
 
 

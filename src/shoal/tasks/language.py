@@ -40,6 +40,7 @@ SOME = tuple(2**k for k in range(4, 13))  # numbers of windows a part of a split
 NEVER = 1 << 62  # where documents end that are not there; exact as the float that padding takes
 OFFSET = 2  # what an epoch's key is folded with for its offset; its shuffle folds with 0 and 1
 PIECE = 1 << 24  # tokens counted at once
+WORTH_A_NOTE = 0.01  # share of a split's tokens that training has, too: most collections of text have a few short documents twice
 
 
 class Ranges(NamedTuple):
@@ -213,9 +214,23 @@ class LanguageTask:
             facts |= {"uniform nats": math.log(self.vocab_size), "unigram nats": float(-scored @ np.log(_unigram(counts["train"])) / scored.sum())}
             learned = {"bpe": "bpe was trained on", "characters": "the vocabulary is that of"}.get(self.config.tokenizer)
             notes += [f"{learned} all of the corpus, validation included"] if learned and not self.config.val_corpus else []
+        for split in self.held_out if self.config.split == "documents" or self.config.val_corpus else ():
+            known = self._known(ranges, split)
+            facts[f"{split} documents in train"] = int(known.sum())
+            share = ranges[split].length[known].sum() / counts[split].sum()
+            if share >= WORTH_A_NOTE:
+                notes.append(
+                    f"{known.sum():,} of {len(known):,} documents of {split} stand in train, too, word for word: {share:.1%} of its tokens are no test"
+                )
         if len(data.names) == 1 and self.config.split == "contiguous":
             notes.append("the corpus is a single document, cut into its splits")
         return facts | ({"notes": notes} if notes else {})
+
+    def _known(self, ranges: dict[str, Ranges], split: str) -> np.ndarray:
+        """bool [D]: which documents of a split stand in training, too, word for word."""
+        lengths = np.isin(ranges["train"].length, ranges[split].length)
+        trained = set(_digests(self.data.tokens, Ranges(*(values[lengths] for values in ranges["train"]))))
+        return np.array([digest in trained for digest in _digests(self.data.tokens, ranges[split])])
 
     def bigram_nats(self, tables: Tables, run: int) -> float:
         """Nats per scored token of validation, of pairs counted in training: takes seconds for five million tokens, and memory for all of them."""
@@ -265,6 +280,12 @@ def _joined(tokens: np.ndarray, ranges: Ranges) -> np.ndarray:
     return np.concatenate([plain[begin : begin + length] for begin, length in zip(*map(np.ndarray.tolist, ranges), strict=True)])
 
 
+def _digests(tokens: np.ndarray, ranges: Ranges) -> list[bytes]:
+    """A hash of each of these stretches."""
+    plain = np.asarray(tokens)
+    return [hashlib.blake2b(plain[begin : begin + length].data, digest_size=16).digest() for begin, length in zip(*map(np.ndarray.tolist, ranges), strict=True)]
+
+
 def _read(tables: Tables, split: str, position: Tensor) -> Tensor:
     """position int64 [R, B, T] of the runs' own streams -> their tokens, int64."""
     flat, tokens = position.flatten(1), tables.shared["tokens"]
@@ -284,7 +305,8 @@ def export(config: LanguageConfig, seed: int, path: str | Path) -> dict[str, Any
         for first, last in zip(np.searchsorted(starts, begin, side="right") - 1, np.searchsorted(starts, begin + length), strict=True):
             for document in range(first, last):
                 split_of[document].append(split)
-    columns = zip(task.data.names, task.data.sizes, np.diff(starts), split_of, strict=True)
-    lines = (f"{' '.join(name.split())}\t{size}\t{count}\t{'+'.join(of)}\n" for name, size, count, of in columns)
+    names = (" ".join(name.encode(errors="surrogateescape").decode(errors="replace").split()) for name in task.data.names)
+    columns = zip(names, task.data.sizes, np.diff(starts), split_of, strict=True)
+    lines = (f"{name}\t{size}\t{count}\t{'+'.join(of)}\n" for name, size, count, of in columns)
     write_new(path, ["document\tbytes\ttokens\tsplit\n", *lines])
     return task.describe(tables, 0) | ({"bigram nats": task.bigram_nats(tables, 0)} if "val" in task.parts else {})

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from shoal import models, rng, tasks
-from shoal.config import BaumWelch, Muon, RunConfig, fields_per_run
+from shoal.config import BaumWelch, LanguageConfig, Muon, RunConfig, fields_per_run
 from shoal.contracts import Batch, Optimizer, State, Sums
 from shoal.nn import initialise
 from shoal.train import diffusion, flops, interventions, optimizers
@@ -69,7 +69,8 @@ class Fleet:
         self.summary: dict[str, float] = {}  # for a progress line: "finished", "dead", and "median" and "best" of ...
         self.latest = np.full(len(self.runs), np.nan)
         splits = self.config.evaluate
-        self.summary_metric = self.config.stop_metric or (f"{splits[-1]}/accuracy" if splits else "batch/loss")
+        kind = "loss" if isinstance(self.config.task, LanguageConfig) else "accuracy"
+        self.summary_metric = self.config.stop_metric or (f"{splits[-1]}/{kind}" if splits else "batch/loss")
 
     @classmethod
     def build(cls, runs: Sequence[RunConfig], device: str | torch.device = "cpu", *, compile: bool | None = None) -> Fleet:
@@ -103,7 +104,8 @@ class Fleet:
             self.model.rate = self._column("model.dropout")
         self.hyper = {path.rpartition(".")[2]: self._column(path) for path in fields_per_run(self.config) if path.startswith("optimizer.")}
         self.schedule = {name: self._column(f"schedule.{name}") for name in ("warmup", "end", "floor")}
-        self.steps, self.stop_at = self._column("steps").long(), self._column("stop_at")
+        self.steps = torch.tensor([self.runs[r].steps for r in self.present], device=self.device)  # int64: a float32 counts to 2**24
+        self.stop_at = self._column("stop_at")
         self.clip = self._column("clip") if any(run.clip > 0 for run in self.runs) else None
         order = torch.tensor([run.seeds.order for run in runs], device=self.device)
         self.order_key, self.noise_key = rng.key(order, "order"), rng.key(order, "dropout")

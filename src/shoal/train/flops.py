@@ -197,6 +197,7 @@ def budgeted(run: RunConfig, known: dict[RunConfig, Counts] | None = None) -> Ru
     steps = int(run.budget) // price
     dear = f"{run.budget:g} FLOPs are less than one step, which costs {price:.4g} by the rule {run.budget_rule}"
     check(steps >= 1, "budget", f"{dear}; raise it, or make the model or the batch smaller")
+    check(steps < 2**53, "budget", f"{run.budget:g} FLOPs pay for {steps:.4g} steps of {price:.4g} each, more than can be counted; lower it")
     return replace(run, steps=steps)
 
 

@@ -12,14 +12,17 @@ import torch
 from shoal import rng, tasks
 from shoal.config import (
     BaumWelch,
+    BigramConfig,
     DecoderConfig,
     EmbeddingMLPConfig,
+    Gradient,
     HMMConfig,
     LanguageConfig,
     ModularConfig,
     ModuleConfig,
     Muon,
     RunConfig,
+    Weights,
     fields_per_run,
     flatten,
     run_id,
@@ -33,6 +36,7 @@ from shoal.tasks.stream import check_size
 from shoal.train.diffusion import ROWS
 from shoal.train.flops import budgeted
 
+LARGEST_TABLE = 2**15  # tokens of a table of pairs: 4 GB of numbers, which training holds four times
 ZERO_OR_NOT = ("model.dropout", "clip", "gradient.noise", "weights.noise")  # per-run values, but whether there is any changes the program
 
 
@@ -74,6 +78,9 @@ def validate(run: RunConfig, device: str | None = None) -> None:
         place = task.data.tokenizer.special["<mask>"]
         fix = "take another tokenizer, or one without a mask token of its own"
         check(place == task.vocab_size - 1, "task.tokenizer", f"has <mask> as token {place} of {task.vocab_size}, and masked_diffusion needs it last; {fix}")
+    if isinstance(run.model, BigramConfig):
+        size = f"a table of pairs has the square of the vocabulary, {task.vocab_size:,}; at most {LARGEST_TABLE:,} are possible"
+        check(task.vocab_size <= LARGEST_TABLE, "model.type", f"{size}: set task.reindex to true, lower task.vocab_size, or set model.num_layers to 0 instead")
     if isinstance(run.model, EmbeddingMLPConfig):
         if not isinstance(run.task, ModularConfig) or run.task.tokens != "residue" or run.task.loss != "answer":
             raise ConfigError(
@@ -111,6 +118,9 @@ def _check_objective(run: RunConfig) -> None:
         "optimizer",
         "the gradient of likelihood is expected counts, for baumwelch alone; set optimizer.type to baumwelch, or objective to cross_entropy",
     )
+    changed = (run.gradient, run.weights) != (Gradient(), Weights())
+    check(not (em and changed), "optimizer", "baumwelch reads its gradient as counts, which nothing may change; leave gradient and weights as they are")
+    check(not em or run.optimizer.lr <= 1, "optimizer.lr", f"of baumwelch is how far a step goes towards the counted shares, 1 at most, not {run.optimizer.lr}")
     check(not em or isinstance(run.model, HMMConfig), "model", "baumwelch and likelihood are for hidden Markov models; set model.type to hmm")
     fills, sees_all = run.objective == "masked_diffusion", isinstance(run.model, DecoderConfig) and not run.model.causal
     check(
