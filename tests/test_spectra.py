@@ -155,6 +155,9 @@ class Clock(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         return torch.cat([hidden, torch.full_like(hidden[..., :1], -1e9)], dim=-1)
 
+    def linear_head(self) -> None:
+        return None
+
 
 def given(operation: str, p: int, **changes: Any) -> Run:
     """A run that answers with two waves at the end, and whose earlier weights are smaller, with noise."""

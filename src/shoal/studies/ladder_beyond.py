@@ -152,8 +152,8 @@ def _claims(config: StudyConfig, tuning: Tuning, cell: Mapping[str, Any]) -> lis
         if {a, b} <= here
     ]  # fmt: skip
     if {BASE, HMM} <= here:
-        text = "More of the transformer's samples parse as Python than of the hidden Markov model's, seed by seed: brackets and strings must be closed."
-        claims.append(Claim(about(text, cell), shares, (0.0, 1.0)))
+        text = "A point more of the transformer's samples, or more, parse as Python than of the hidden Markov model's, seed by seed: brackets must be closed."
+        claims.append(Claim(about(text, cell), shares, (0.01, 1.0)))
     return claims
 
 
