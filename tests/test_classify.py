@@ -275,6 +275,7 @@ def test_the_command(run: Any, trained: Path, tmp_path: Path, capsys: pytest.Cap
         (["--verbalisers", "good,good"], "the same word on both sides"),
         (["--template", "The movie is"], "must hold {text} once"),
         (["--limit", "-1"], "--limit: must be 0 (all texts) or more"),
+        (["--out", str(out)], "exists already; name another directory"),
     ):
         words = [*line[:7], *extra] if extra else line[:3]
         assert cli.main([*words, "--device", "cpu"]) == 2, extra

@@ -154,6 +154,7 @@ def test_the_command(room: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("--text a --stride 17", "stride: must be 0 (windows side by side) to 16"),
         ("--text a --stride -1", "--stride: must be 0"),
         ("--text a --out there/t.tsv", "--out: there is no directory there"),
+        ("--text a --page runs", "--page: runs exists already"),
         ("--text=", "text: text 1 of 1 is empty"),
     ):
         assert cli.main(["score", "runs/x", "--device", "cpu", *line.split()]) == 2, line

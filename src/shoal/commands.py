@@ -69,6 +69,7 @@ class Score:
         check(self.stride >= 0, "--stride", f"must be 0 (windows side by side) or more, not {self.stride}")
         for option, path in (("--out", self.out), ("--page", self.page)):
             check(path is None or path.parent.is_dir(), option, f"there is no directory {path.parent if path else ''}")
+            check(path is None or not path.exists(), option, f"{path} exists already; name another file or remove this one")
         run = placed(self.run, self.device)
         from shoal.inference.score import page, score, score_file, summary, table
 
@@ -105,6 +106,7 @@ class Classify:
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: none)")] = None  # report.md, results.json, log-odds.svg, texts.tsv
 
     def __call__(self) -> None:
+        check(self.out is None or not self.out.exists(), "--out", f"{self.out} exists already; name another directory or remove this one")
         from shoal.data.sentiment import reviews
 
         data = reviews(self.data, self.text_column, self.label_column, self.limit)

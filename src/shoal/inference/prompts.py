@@ -1,6 +1,6 @@
 """Prompts: from a file or a list to one batch of tokens, left-padded.
 
-tokens, context = padded(run, ["def f(x):", "import"])     # [B, T]; context has the mask and the place of every token
+tokens, context = left_padded(all_encoded(run, ["def f(x):", "import"]))     # [B, T]; context has the mask and the place of every token
 hidden, _ = run.model(tokens, context)
 """
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     Measure = Callable[[Run], list[dict[str, Any]]]
 
 LOSS = "val/loss"
+TIE = 1e-3  # nats: a smaller difference of two losses is none
 TEMPERATURE, SEED = 0.8, 0  # of all samples
 SAMPLE_TOKENS, CONTINUED = 256, 96  # of one that begins with nothing, and of one that continues a prompt
 PARSED, PARSED_TOKENS = 64, 128  # how many samples are parsed, and how long they are
@@ -84,8 +85,8 @@ def by_loss(rows: Rows) -> tuple[float, ...]:
     return (float(np.where(np.isnan(x), math.inf, x).mean()),)
 
 
-def lower(text: str, a: Mapping[str, Any], b: Mapping[str, Any], *, by: float = 0.0, part: Callable[[Rows], Rows] = lambda rows: rows) -> Claim:
-    """Held if the last validation loss in the cell ``a`` is below that in ``b`` by more than ``by`` nats, seed by seed, in the mean."""
+def lower(text: str, a: Mapping[str, Any], b: Mapping[str, Any], *, by: float = TIE, part: Callable[[Rows], Rows] = lambda rows: rows) -> Claim:
+    """Held if the last validation loss in the cell ``a`` is below that in ``b`` by ``by`` nats or more, seed by seed, in the mean."""
     a, b = dict(a), dict(b)
     return Claim(text, lambda rows: Sample(losses(part(rows).where(b)), pair=losses(part(rows).where(a))), (by, math.inf))
 
