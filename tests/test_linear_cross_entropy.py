@@ -23,12 +23,13 @@ from shoal.train import objectives
 from shoal.train.fleet import Fleet
 
 LEADS: list[tuple[int, ...]] = [(3,), (1,), ()]
-CUTS = [(512, 1 << 19, 32), (4, 24, 2), (3, 7, 4)]  # everything at once; tiles that divide neither rows nor tokens
+CUTS = [(512, 1 << 19, 32, 1), (4, 24, 2, 8), (3, 7, 4, 64)]  # everything at once; tiles that divide neither rows nor tokens; tokens filled up
 
 
 @pytest.fixture(params=CUTS, ids=str)
 def cut(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, numbers, group = request.param
+    rows, numbers, group, aligned = request.param
+    monkeypatch.setitem(fused.ALIGNED, "cpu", aligned)
     monkeypatch.setitem(fused.TILES, "cpu", (rows, numbers))
     monkeypatch.setattr(fused, "GROUP", group)
 

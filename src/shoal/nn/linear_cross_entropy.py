@@ -38,6 +38,7 @@ NARROW = 128  # width up to which that holds (1.2 times as fast); at 256 and 384
 MATERIALISED = 1 << 31  # logits of a step that a GPU has room for: 4.3 GB in bfloat16, uncompiled seven times that
 MATERIALISED_CPU = 1 << 27  # half a gigabyte, three times that with gradients
 TILES = {"cpu": (512, 1 << 19), "cuda": (1 << 20, 1 << 28)}  # rows at most, numbers: the cache of a CPU; half a gigabyte of bfloat16
+ALIGNED = {"cpu": 1, "cuda": 64}  # tokens are filled up to a multiple of it where logits are written out: at 50,257 rows of odd length halve the products' rate
 GROUP = 32
 LOG2_E = 1 / math.log(2)
 HAS_TRITON = find_spec("triton") is not None
@@ -75,8 +76,14 @@ def _fastest(hidden: Tensor, width: int, num_tokens: int) -> Form:
 
 
 def _reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    runs = weight.shape[:-2]
+    runs, num_tokens = weight.shape[:-2], weight.shape[-1]
+    more = -num_tokens % ALIGNED[hidden.device.type]
+    if more:
+        weight = F.pad(weight.mT, (0, 0, 0, more)).mT if weight.stride(-2) == 1 else F.pad(weight, (0, more))  # a tied table stays one
+        bias = None if bias is None else F.pad(bias, (0, more))
     logits, _ = _logits(hidden.reshape(*runs, -1, weight.shape[-2]), weight, bias, softcap)
+    if more:
+        logits = logits.masked_fill(torch.arange(num_tokens + more, device=logits.device) >= num_tokens, -torch.inf)
     nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
     return nll.view(targets.shape), logits.detach().argmax(-1).view(targets.shape)
 

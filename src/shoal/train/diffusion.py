@@ -114,8 +114,14 @@ def _named(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _ranks(key: Tensor, scored: Tensor) -> Tensor:
-    """Keys of rows, int64 [*L, B]; bool [*L, B, T] -> int64 [*L, B, T]: scored positions of a row numbered from 0 in random order, the others after them."""
-    return torch.where(scored, rng.bits(key, scored.shape[-1]) >> 1, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True).argsort(dim=-1)
+    """Keys of rows, int64 [*L, B]; bool [*L, B, T] -> int64 [*L, B, T]: scored positions of a row numbered from 0 in random order, the others after them.
+
+    Counted, not sorted: a compiler takes minutes for a sort, and T^2 comparisons are few beside a model's products.
+    """
+    draw = torch.where(scored, rng.bits(key, scored.shape[-1]) >> 1, torch.iinfo(torch.int64).max)
+    place = torch.arange(draw.shape[-1], device=draw.device)
+    mine, other = draw.unsqueeze(-1), draw.unsqueeze(-2)
+    return ((other < mine) | ((other == mine) & (place < place.unsqueeze(-1)))).sum(-1)
 
 
 def _content_keys(tokens: Tensor, scored: Tensor) -> Tensor:
