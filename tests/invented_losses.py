@@ -21,7 +21,7 @@ def losses(
 ) -> Rows:  # fmt: skip
     """Ten evaluations of the validation loss and of the training loss, which is lower by ``gap``; measures by name."""
     store = Store.open(directory, {"study": "invented", "config": {}, "num_runs": len(runs)})
-    known = {"data": [dict(data) for _ in runs], "model": {"parameters": 1234, "flops": {"products": 10**6, "hardware": 2 * 10**6}}}
+    known = {"data": [dict(data) for _ in runs], "model": {"parameters": 1234, "flops": {"assignment": 3 * 10**6, "products": 10**6, "hardware": 2 * 10**6}}}
     store.start_fleet("f", {"runs": [{"id": run_id(run), "config": flatten(run)} for run in runs], **known})
     parts: list[dict[str, np.ndarray]] = []
     for place, run in enumerate(runs):

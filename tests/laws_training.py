@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from laws import VOCABULARY, B, Case, R, close, generator, model_cases, padding, same, variants
+from laws import ENCODER, VOCABULARY, B, Case, R, close, generator, model_cases, padding, same, variants
 from torch import Tensor
 
 from shoal import rng, tasks
@@ -36,6 +36,7 @@ from shoal.config import (
     RecallConfig,
     RunConfig,
     Schedule,
+    SentencesConfig,
     Weights,
     fields_per_run,
     with_seed,
@@ -50,6 +51,7 @@ from shoal.train.layout import Layout
 from shoal.train.objectives import OBJECTIVES, add
 
 CORPUS = Path(__file__).parent / "corpus.jsonl"  # sixteen short documents
+SENTENCES = Path(__file__).parent / "sentences.tsv"  # sixty, of two classes
 TASK_EXAMPLES: dict[type, list[Any]] = {  # one config per run of a fleet
     ModularConfig: [
         ModularConfig(p=11, train_fraction=0.5),
@@ -60,6 +62,7 @@ TASK_EXAMPLES: dict[type, list[Any]] = {  # one config per run of a fleet
     RecallConfig: [RecallConfig(num_tokens=7, length=6, num_queries=m, delay=d, longest=2, test_size=9) for m, d in ((1, 1), (7, 4), (3, 2))],
     MQARConfig: [MQARConfig(vocab_size=26, num_kv_pairs=3, input_seq_len=16, test_size=9)] * 3,
     LanguageConfig: [LanguageConfig(corpus=str(CORPUS), tokenizer="characters", length=24, val_fraction=0.2)] * 3,
+    SentencesConfig: [SentencesConfig(train=str(SENTENCES), max_length=20, val_fraction=0.2, test_fraction=0.2, encoder=ENCODER)] * 3,
 }
 MIXED = ModularConfig(p=7, operation="div+add", train_fraction=0.4, val_fraction=0.3)
 TASK_FLEETS: dict[str, list[Any]] = {  # and more fleets
@@ -127,6 +130,12 @@ def evaluated(task: Any, tables: Tables, split: str, pieces: int, r: int) -> lis
     return [row for batch in task.evaluation(tables, split, pieces) for row in run_of(batch, r)]
 
 
+def bare(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A sentence without its padding."""
+    tokens, targets, weights, mask, *at = row
+    return (tuple(token for token, real in zip(tokens, mask, strict=True) if real), targets, weights, *at)
+
+
 def law_task_alone(configs: list[Any]) -> None:
     """Run r's data is the same alone and in a fleet, and after others have left, up to rows that are not there."""
     task, tables, keys = task_of(configs)
@@ -176,13 +185,19 @@ def law_task_shapes(configs: list[Any]) -> None:
 
 
 def law_task_evaluation(configs: list[Any]) -> None:
-    """Every row once, whatever the pieces, in pieces of one shape; "val:mul" is a part of "val"."""
+    """Every row once, whatever the pieces, in pieces of one shape (of sentences: as long as the longest in it); "val:mul" is a part of "val"."""
     task, tables, _ = task_of(configs)
+    of_sentences = isinstance(task.config, SentencesConfig)
+
+    def counted(split: str, pieces: int, r: int) -> Counter[tuple[Any, ...]]:
+        rows = evaluated(task, tables, split, pieces, r)
+        return Counter(map(bare, rows) if of_sentences else rows)
+
     for r in range(len(configs)):
-        rows_of = {split: Counter(evaluated(task, tables, split, 10**6, r)) for split in task.splits}
+        rows_of = {split: counted(split, 10**6, r) for split in task.splits}
         for split, expected in rows_of.items():
-            assert all(Counter(evaluated(task, tables, split, pieces, r)) == expected for pieces in (1, 3, 16))
-            assert len({batch.tokens.shape for batch in task.evaluation(tables, split, 3)}) == 1
+            assert all(counted(split, pieces, r) == expected for pieces in (1, 3, 16))
+            assert of_sentences or len({batch.tokens.shape for batch in task.evaluation(tables, split, 3)}) == 1
             assert all(batch.tokens.shape[1] <= 3 for batch in task.evaluation(tables, split, 3))
             assert expected <= rows_of.get(split.rpartition(":")[0], expected)
 

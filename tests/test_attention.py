@@ -71,7 +71,11 @@ def test_equals_scaled_dot_product_attention(time: int, mask: str, places: str, 
     if positions == "rotary":
         q, k = rotate(q, cells), rotate(k, cells)
     q, k, v = (z.flatten(0, 1).transpose(1, 2) for z in (q, k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=readable(hidden, time).flatten(0, 1)[:, None])
+    bias = torch.zeros(3, time, time, dtype=torch.float64)
+    if positions == "alibi":  # by the places in the sequence, whatever positions are given
+        bias = bias - (torch.arange(time)[:, None] - torch.arange(time)) * torch.tensor([2**-4, 2**-8, 2**-2], dtype=torch.float64)[:, None, None]
+    bias = bias.masked_fill(~readable(hidden, time).flatten(0, 1)[:, None], float("-inf"))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     mixed = mixed.transpose(1, 2).reshape(R, B, time, WIDTH)
     expected = select(torch.stack([F.linear(mixed[r], mixer.out.weight[r].mT, mixer.out.bias[r]) for r in range(R)]), at)
 

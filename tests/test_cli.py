@@ -17,7 +17,7 @@ import torch
 
 import shoal.studies
 from shoal import cli
-from shoal.config import ModularConfig, RunConfig, StudyConfig
+from shoal.config import ModularConfig, RunConfig, StudyConfig, flatten
 from shoal.config.fields import ConfigError
 from shoal.inference import compare
 from shoal.inference.sampling import Sampling
@@ -177,7 +177,8 @@ def test_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 BAD = {
     "rum": "unknown command 'rum'; did you mean run?",
-    "--foo": "unknown command '--foo'; known here: list, run, train, flops, generate, score, classify, report, data, verify",
+    "--foo": "unknown command '--foo'; known here: list, run, train, flops, finetune, generate, score, classify, diagnose, inspect, attend, report, data, "
+    "verify",
     "list extra": "Unrecognized options: extra; see shoal list --help",
     "list --foo 3": "--foo: unknown option; known here: help",
     "run": "Missing from shoal run: STUDY a name from `shoal list` (required); see shoal run --help",
@@ -303,7 +304,7 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str], command: str) -> 
     code, out, err = run(capsys, f"{command} --help")
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: shoal {command}") and f"shoal {command}" in out.partition("Example: ")[2]
-    if "[OPTIONS]" in out:
+    if "[OPTIONS]" in out and command != "attend":  # by hand: nothing to put on a device
         assert "--device" in out
 
 
@@ -346,4 +347,4 @@ def test_listed_studies_are_what_they_say(capsys: pytest.CaptureFixture[str]) ->
             config = cli.override(preset(), {})
             assert config == preset()
             assert module.study(config).name == name
-            json.dumps(cli.flatten(config))
+            json.dumps(flatten(config))

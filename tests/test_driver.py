@@ -439,10 +439,26 @@ def test_another_error_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.M
         shoal.run(study_of(), tmp_path, progress=False)
 
 
-def test_too_little_memory_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fleet, "advance", fails_at(1, Fleet.advance, torch.OutOfMemoryError))
-    with pytest.raises(ConfigError, match="one run does not fit into the GPU's memory; make the batch smaller"):
-        shoal.run(study_of(lambda rows: [RUN]), tmp_path, progress=False)
+def test_too_little_memory_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its batches are worked through in more pieces, to the same result, also when resumed; until there are no more."""
+    advance, run = Fleet.advance, replace(RUN, batch_size=32)
+
+    def small(fleet: Fleet, steps: int, pieces: int = 4) -> Any:
+        if fleet.accumulate < pieces:
+            raise torch.OutOfMemoryError
+        return advance(fleet, steps)
+
+    expected = shoal.run(study_of(lambda rows: [run]), tmp_path / "whole", progress=False)
+    monkeypatch.setattr(Fleet, "advance", fails_at(5, small, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        shoal.run(study_of(lambda rows: [run]), tmp_path / "pieces")
+    assert "a batch of 32 does not fit into memory; working through it in 4 pieces, whose gradients are added up" in capsys.readouterr().err
+    monkeypatch.setattr(Fleet, "advance", small)
+    result = shoal.run(study_of(lambda rows: [run]), tmp_path / "pieces", progress=False)
+    assert result.rows[0]["final.val/loss"] == pytest.approx(expected.rows[0]["final.val/loss"], rel=1e-4)
+    monkeypatch.setattr(Fleet, "advance", lambda fleet, steps: small(fleet, steps, pieces=64))
+    with pytest.raises(ConfigError, match="one run does not fit into the GPU's memory; make the model or its sequences smaller"):
+        shoal.run(study_of(lambda rows: [run]), tmp_path / "none", progress=False)
 
 
 def test_halves_are_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, often: None) -> None:
@@ -473,9 +489,9 @@ def test_max_runs_per_fleet(tmp_path: Path) -> None:
 def test_compile_reaches_the_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, passed: bool | None) -> None:
     asked, build = [], Fleet.build
 
-    def watched(runs: Any, device: Any, *, compile: bool | None) -> Fleet:
+    def watched(runs: Any, device: Any, *, compile: bool | None, accumulate: int | None) -> Fleet:
         asked.append(compile)
-        return build(runs, device, compile=False)
+        return build(runs, device, compile=False, accumulate=accumulate)
 
     monkeypatch.setattr(Fleet, "build", watched)
     shoal.run(study_of(lambda rows: [RUN]), tmp_path, progress=False, compile=argument)

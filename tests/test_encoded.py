@@ -54,6 +54,16 @@ def assert_same(a: Encoded, b: Encoded) -> None:
         assert np.array_equal(getattr(a, name), getattr(b, name)), name
 
 
+def test_of_equal_documents_the_first_is_kept(tmp_path: Path, corpus: Path) -> None:
+    lines = corpus.read_text(encoding="utf-8").splitlines()
+    again = tmp_path / "again.jsonl"
+    again.write_text("\n".join([lines[0], lines[0], *lines[1:4], lines[3], lines[1], *lines[4:], lines[0]]) + "\n", encoding="utf-8")
+    once, twice = make(corpus), make(again)
+    for name in ("tokens", "starts", "sizes", "part"):
+        assert np.array_equal(getattr(once, name), getattr(twice, name)), name
+    assert len(twice.names) == len(lines) and once.fingerprint != twice.fingerprint
+
+
 @pytest.mark.parametrize("fields", RUNS, ids=lambda fields: "-".join(map(str, fields.values())))
 def test_every_document_between_its_special_tokens(corpus: Path, fields: dict[str, Any]) -> None:
     found = make(corpus, mask_token=True, **fields)

@@ -397,7 +397,7 @@ def test_record() -> None:
     assert record["model"]["parameters"] == sum(p.numel() for p in fleet.one(0).model.parameters())
     assert record["model"]["batch"] == [8, 13, 13] and record["model"]["flops"]["products"] == 3 * fleet.model.flops(8, 13, 13)
     assert [data["unscored"] for data in record["data"]] == [run.task.unscored for run in FLEETS["memorize"]]  # type: ignore[union-attr]
-    assert record["choices"] == {"device": "cpu", "runs": 8, "compiled": False, "threads": 1}
+    assert record["choices"] == {"device": "cpu", "runs": 8, "compiled": False, "accumulate": 1, "threads": 1}
 
 
 # --- it learns

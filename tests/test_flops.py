@@ -19,6 +19,7 @@ from shoal.config import (
     BigramConfig,
     DecoderConfig,
     EmbeddingMLPConfig,
+    EncoderConfig,
     MemorizeConfig,
     ModularConfig,
     Muon,
@@ -53,7 +54,7 @@ def counted(config: Any, lead: tuple[int, ...], vocab_size: int = laws.VOCABULAR
     model, g = models.build(config, vocab_size, laws.LONGEST, lead), laws.generator()
     laws.filled(model).float()
     tokens, targets = (torch.randint(vocab_size, (*lead, SHAPE.rows, SHAPE.time), generator=g) for _ in range(2))
-    one_place = config in laws.ONE_PLACE
+    one_place = laws.one_place(config)
     at = slice(0, 1) if one_place else None
     batch = Batch(tokens, targets[..., :1] if one_place else targets, torch.ones((*lead, SHAPE.rows, 1 if one_place else SHAPE.time)), at=at)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -68,10 +69,14 @@ def counted(config: Any, lead: tuple[int, ...], vocab_size: int = laws.VOCABULAR
 @pytest.mark.parametrize("name", laws.model_cases())
 def test_a_training_step_is_three_forward_passes(name: str) -> None:
     config = laws.model_cases()[name].config
-    scored = 1 if config in laws.ONE_PLACE else SHAPE.scored
+    if isinstance(config, EncoderConfig) and config.frozen:
+        pytest.skip("reads each sentence once, before its first step")
+    scored = 1 if laws.one_place(config) else SHAPE.scored
     one = counted(config, ())
     assert counted(config, (laws.R,)) == laws.R * one
-    assert flops.step(RunConfig(model=config), on_meta(config), SHAPE._replace(scored=scored)).products == one
+    told = flops.step(RunConfig(model=config), on_meta(config), SHAPE._replace(scored=scored)).products
+    drawn = isinstance(config, DecoderConfig) and "performer" in config.mixers  # its directions are not trained: their products have one gradient, not two
+    assert 0.9 * told < one < told if drawn else one == told
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -5,10 +5,14 @@ and tells you, with statistics, what they learned.
   shoal run grokking --seeds 8                      train a study's runs, check its claims, write its report
   shoal run grokking --fields                       every field of the study and its value
   shoal train gpt.yaml --optimizer.lr 3e-3          train one run that a file describes
+  shoal finetune reviews.csv                        a pretrained encoder, taught classes of sentences
   shoal flops gpt.yaml --budget 1e15                what it costs, before it is trained
   shoal generate runs/sanity --prompt "I love"      text from a trained run
   shoal score runs/sanity --file notes.txt          perplexity of a file, or how probable a text is
   shoal classify runs/flop-final reviews.csv        positive or negative, without training for it
+  shoal diagnose runs/gpt                           what is wrong with a run, told from its curves
+  shoal inspect runs/sanity --prompt "I love"       maps of attention, kinds of heads, the logit lens
+  shoal attend average 1 2                          attention by hand: a query, or why there is none
   shoal report runs/grokking                        write a study's report again
   shoal data modular --p 97 --out table.tsv         a task's data as a table
   shoal verify                                      check the scan and the mixers against independent code
@@ -51,10 +55,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from shoal.commands import Classify, Device, Score
+from shoal.commands import Attend, Classify, Device, Diagnose, Finetune, Inspect, Score, print_fields
 from shoal.commands import driver as _driver
+from shoal.commands import finish as _finish
 from shoal.commands import has_gpu as _has_gpu
-from shoal.config import LanguageConfig, ModularConfig, MQARConfig, RecallConfig, RunConfig, StudyConfig, fields_per_run, flatten
+from shoal.config import LanguageConfig, ModularConfig, MQARConfig, RecallConfig, RunConfig, StudyConfig
 from shoal.config.core import type_name
 from shoal.config.fields import ConfigError, check
 from shoal.config.load import load_run, nearest, override, parse_overrides
@@ -108,7 +113,7 @@ class Run:
         seeds = parse_overrides([f"--seeds={self.seeds}"]) if self.seeds else {}
         config: StudyConfig = override(_pick(preset, module.PRESETS, f"preset of {self.study}")(), {**overrides, **seeds})
         if self.fields:
-            return _print_fields(config)
+            return print_fields(config)
         varied = [*(["the variants"] if config.variants else []), *config.grid]
         many = f"{config.num_runs:,} runs ({config.seeds} seeds of every combination of {', '.join(varied) or 'one config'})"
         check(config.num_runs <= MAX_RUNS or self.yes, "grid", f"{many}; more than {MAX_RUNS:,} need --yes")
@@ -298,9 +303,13 @@ COMMANDS: dict[str, Any] = {
     "run": Run,
     "train": Train,
     "flops": Flops,
+    "finetune": Finetune,
     "generate": Generate,
     "score": Score,
     "classify": Classify,
+    "diagnose": Diagnose,
+    "inspect": Inspect,
+    "attend": Attend,
     "report": Report,
     "data": Data,
     "verify": Verify,
@@ -394,26 +403,6 @@ def _summary(module: str) -> tuple[str, list[str]]:
             ):
                 presets = [str(key.value) for key in keys if isinstance(key, ast.Constant)]
     return (ast.get_docstring(tree) or "").partition("\n")[0], presets
-
-
-def _print_fields(config: StudyConfig) -> None:
-    per_run = set(fields_per_run(config))
-    flat = {path: value for path, value in flatten(config).items() if not path.startswith("run.seeds.")}  # a study numbers them
-    variants: dict[str, Any] = flat.pop("variants", {})
-    flat |= {f"variants.{name}": ", ".join(f"{path} {value}" for path, value in changes.items()) or "as it is" for name, changes in variants.items()}
-    width = max(map(len, flat))
-    for path, value in flat.items():
-        kind = "per run" if path in per_run else "structural" if path.startswith("run.") else "study"
-        print(f"{path:{width}}  {kind:10}  {value}")
-
-
-def _finish(result: Any) -> None:
-    """A line for each claim, then the report's path."""
-    for claim in result.claims:
-        low, high = claim["interval"]
-        interval = f"[{low:.4g}, {high:.4g}]" if math.isfinite(low) or math.isfinite(high) else "no interval"
-        print(f"{claim['verdict']:9}  {claim['claim'].rstrip('.')}: {claim['value']:.4g} {interval}, n = {claim['n']}")
-    print(result.report)
 
 
 def _say(message: str) -> None:

@@ -51,7 +51,8 @@ def checks() -> Iterator[Check]:
     for name in mixers.MIXERS:
         alone, cached = _mixer_errors(name)
         yield Check(f"{name}: a run in a fleet = the run alone", alone, 1e-10)
-        yield Check(f"{name}: token by token = all at once", cached, 1e-10)
+        if cached is not None:
+            yield Check(f"{name}: token by token = all at once", cached, 1e-10)
     for library, other in OTHERS.items():
         if find_spec(library):
             yield Check(f"mamba: values and gradients of {library}", _other_error(other), 1e-5)
@@ -118,15 +119,17 @@ def _filled(module: nn.Module, runs: int) -> Any:
     return module.double()
 
 
-def _mixer_errors(name: str) -> tuple[float, float]:
+def _mixer_errors(name: str) -> tuple[float, float | None]:
     config = DecoderConfig(width=16, num_heads=2, state_size=4)
-    fleet, x = _filled(mixers.build(name, config, (RUNS,)), RUNS), _randn(RUNS, BATCH, 12, 16, seed=0)
+    fleet, x = _filled(mixers.build(name, config, (RUNS,), 12), RUNS), _randn(RUNS, BATCH, 12, 16, seed=0)
     whole, _ = fleet(x, EVERYTHING)
     alone = []
     for r in range(RUNS):
-        one = mixers.build(name, config).double()
+        one = mixers.build(name, config, (), 12).double()
         one.load_state_dict({key: value[r] for key, value in fleet.state_dict().items()})
         alone.append(one(x[r], EVERYTHING)[0])
+    if name in mixers.LEAKY:
+        return _error([torch.stack(alone)], [whole]), None
     cache, pieces = fleet.init_cache(BATCH, 12), []
     for t in range(12):
         y, cache = fleet(x[:, :, t : t + 1], EVERYTHING, cache)

@@ -7,9 +7,9 @@ it changes shapes or code, so runs that differ in it train in different fleets. 
 """
 
 from shoal.config.core import PerRun, RunConfig, Schedule, Seeds, StudyConfig, fields_per_run, flatten, run_id, with_seed, with_values
-from shoal.config.models import BigramConfig, DecoderConfig, EmbeddingMLPConfig, HMMConfig, ModelConfig, ModuleConfig
+from shoal.config.models import BigramConfig, DecoderConfig, EmbeddingMLPConfig, EncoderConfig, HMMConfig, ModelConfig, ModuleConfig
 from shoal.config.optimizers import SGD, Adagrad, Adam, AdamW, BaumWelch, Gradient, Muon, OptimizerConfig, Weights
-from shoal.config.tasks import LanguageConfig, MemorizeConfig, ModularConfig, MQARConfig, RecallConfig, TaskConfig
+from shoal.config.tasks import LanguageConfig, MemorizeConfig, ModularConfig, MQARConfig, RecallConfig, SentencesConfig, TaskConfig
 
 __all__ = [
     "SGD",
@@ -20,6 +20,7 @@ __all__ = [
     "BigramConfig",
     "DecoderConfig",
     "EmbeddingMLPConfig",
+    "EncoderConfig",
     "Gradient",
     "HMMConfig",
     "LanguageConfig",
@@ -35,6 +36,7 @@ __all__ = [
     "RunConfig",
     "Schedule",
     "Seeds",
+    "SentencesConfig",
     "StudyConfig",
     "TaskConfig",
     "Weights",

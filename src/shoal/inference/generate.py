@@ -26,6 +26,7 @@ from shoal.contracts import Context
 from shoal.inference import diffusion
 from shoal.inference.prompts import all_encoded, device_of, left_padded
 from shoal.inference.sampling import GREEDY, Sampling
+from shoal.mixers import SIZED
 from shoal.train.capture import Captured
 from shoal.train.run import Run
 
@@ -111,7 +112,9 @@ def whole_characters(decode: Callable[[list[int]], str], tokens: Iterator[int]) 
 def reach(run: Run) -> int | None:
     """The positions a model has: as many as it was trained on where each has parameters of its own, or it is a module of the user's; else None, without end."""
     model = run.config.model
-    ends = isinstance(model, EmbeddingMLPConfig | ModuleConfig) or (isinstance(model, DecoderConfig) and model.positions == "learned")
+    ends = isinstance(model, EmbeddingMLPConfig | ModuleConfig)
+    if isinstance(model, DecoderConfig):
+        ends = model.positions == "learned" or any(name in SIZED for name in model.mixers)
     return run.task.max_length if ends else None
 
 

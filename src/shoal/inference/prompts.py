@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.config import EncoderConfig
 from shoal.config.fields import ConfigError, check
 from shoal.contracts import Context
 from shoal.train.run import Run
@@ -21,8 +22,15 @@ from shoal.train.run import Run
 FORMS = "give a .json list of texts, .jsonl with prompt or text in every line, or plain text, one prompt a line"
 
 
+def check_writes(run: Run) -> None:
+    """ConfigError unless the run's model is about tokens."""
+    classifies = isinstance(run.config.model, EncoderConfig)
+    check(not classifies, "run", f"{run.id} says which class a sentence is of, and knows nothing of a next token; take a run that was trained on text")
+
+
 def encoded(run: Run, prompt: str) -> list[int]:
     """The task's begin tokens and the text's. ConfigError ("prompt") if that is none, or for characters the tokenizer does not know."""
+    check_writes(run)
     tokens = [*run.task.start, *run.task.tokenizer.encode(prompt)]
     check(bool(tokens), "prompt", "this task has no begin token; give at least one token to continue")
     return tokens

@@ -29,7 +29,8 @@ from shoal.config.fields import ConfigError, check
 from shoal.contracts import Context, Tokenizer
 from shoal.data.corpora import documents
 from shoal.inference.evaluate import TOKENS
-from shoal.inference.prompts import device_of
+from shoal.inference.prompts import check_writes, device_of
+from shoal.mixers import LEAKY
 from shoal.nn.linear_cross_entropy import linear_cross_entropy
 from shoal.train.run import Run
 
@@ -134,9 +135,11 @@ def summary(scores: Sequence[Score]) -> dict[str, str]:
 
 def check_foretells(run: Run) -> None:
     """ConfigError unless the run's logits are those of the next token's softmax, given what stands before it."""
+    check_writes(run)
     ahead = run.config.objective in ("cross_entropy", "cross_entropy_float64", "likelihood")
-    blind = not isinstance(run.config.model, DecoderConfig) or run.config.model.causal
-    fix = "take a run that was trained by cross_entropy or likelihood, with model.causal true"
+    model = run.config.model
+    blind = not isinstance(model, DecoderConfig) or (model.causal and not any(name in LEAKY for name in model.mixers))
+    fix = f"take a run that was trained by cross_entropy or likelihood, with model.causal true and no mixer that sees what comes later ({', '.join(LEAKY)})"
     check(ahead and blind, "run", f"{run.id} (objective {run.config.objective}) gives no probability of the next token; {fix}")
 
 

@@ -46,10 +46,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + f(norm(x)) ("pre"), or norm(x + f(x)) ("post"), for the mixer and then the feed-forward; without ``residual``, nothing is added to f."""
 
-    def __init__(self, config: DecoderConfig, index: int, lead: tuple[int, ...]) -> None:
+    def __init__(self, config: DecoderConfig, index: int, lead: tuple[int, ...], max_length: int) -> None:
         super().__init__()
         self.index, self.pre, self.residual = index, config.norm_place == "pre", config.residual
-        self.mixer = mixers.build(config.mixers[index % len(config.mixers)], config, lead)
+        self.mixer = mixers.build(config.mixers[index % len(config.mixers)], config, lead, max_length)
         self.mixer_norm = _norm(config, lead)
         self.feed_forward = FeedForward(config, lead) if config.feed_forward else None
         self.feed_forward_norm = _norm(config, lead) if config.feed_forward else None
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
         self.config, self.vocab_size, self.max_length = config, vocab_size, max_length
         self.embedding = Embedding(vocab_size, config.width, lead=lead) if config.token_embedding == "trained" else UnitEmbedding(vocab_size, config.width)
         self.position = Embedding(max_length, config.width, lead=lead) if config.positions == "learned" else None
-        self.blocks = nn.ModuleList(Block(config, index, lead) for index in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, index, lead, max_length) for index in range(config.num_layers))
         self.norm = _norm(config, lead) if config.norm_place == "pre" else nn.Identity()
         self.head = None if config.tied else Linear(config.width, vocab_size, bias=config.head_bias, lead=lead)
         self.register_buffer("rate", torch.full(lead, config.dropout, device="cpu") if config.dropout > 0 else None, persistent=False)
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
 
     def _position_vectors(self, tokens: Tensor, context: Context, cache: Cache | None) -> Tensor | float:
         time = tokens.shape[-1]
-        if self.config.positions in ("rotary", "none"):
+        if self.config.positions in ("rotary", "alibi", "none"):
             return 0.0
         if self.position is not None and context.positions is None and cache is None:
             return self.position.weight[..., :time, :].unsqueeze(-3)

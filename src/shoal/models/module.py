@@ -49,9 +49,9 @@ class Lifted(nn.Module):
         self._own = (own,)  # in a tuple: as a submodule its parameters would be this model's
         self.module = nn.Module()
         for name, p in own.named_parameters():  # a parameter with two names is there once; functional_call puts it in both places
-            _place(self.module, name, nn.Parameter(torch.empty((*lead, *p.shape))))
+            place(self.module, name, nn.Parameter(torch.empty((*lead, *p.shape))))
         for name, buffer in own.named_buffers():
-            _place(self.module, name, nn.Buffer(buffer.clone(), persistent=False))
+            place(self.module, name, nn.Buffer(buffer.clone(), persistent=False))
 
     def forward(self, tokens: Tensor, context: Context = EVERYTHING, cache: None = None) -> tuple[Tensor, None]:
         """int64 [*L, B, T] -> the logits [*L, B, S, V], and no cache."""
@@ -106,7 +106,7 @@ class Lifted(nn.Module):
         return counts[0] + (batch - 1) * (counts[1] - counts[0])
 
 
-def _place(root: nn.Module, name: str, x: nn.Parameter | nn.Buffer) -> None:
+def place(root: nn.Module, name: str, x: nn.Parameter | nn.Buffer) -> None:
     """``x`` under its dotted name, in bare modules made on the way."""
     *path, leaf = name.split(".")
     for part in path:

@@ -4,7 +4,7 @@ from shoal.nn.convolution import short_convolution
 from shoal.nn.dropout import dropout
 from shoal.nn.init import Constant, Given, Normal, Uniform, initialise
 from shoal.nn.layers import Embedding, LayerNorm, Linear, RMSNorm, UnitEmbedding, joint_linear, linear, select
-from shoal.nn.positions import rotate, sinusoidal
+from shoal.nn.positions import alibi_slopes, rotate, sinusoidal
 from shoal.nn.scan import selective_scan
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "RMSNorm",
     "Uniform",
     "UnitEmbedding",
+    "alibi_slopes",
     "dropout",
     "initialise",
     "joint_linear",

@@ -1,4 +1,4 @@
-"""Where a token stands: sinusoidal and rotary tables, computed from positions when they are needed (learned ones are an Embedding)."""
+"""Where a token stands: sinusoidal and rotary tables and the slopes of ALiBi, computed when they are needed (learned positions are an Embedding)."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def rotate(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def alibi_slopes(num_heads: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
+    """[H] of ALiBi (Press et al. 2022, section 3): 2^(-8/n), 2^(-16/n), ... of n heads, a power of two; of others as the authors' code, which puts behind those
+    of the largest power of two below every second one of the power above."""
+    power = 1 << (num_heads.bit_length() - 1)
+    head = torch.arange(num_heads, device=device)
+    exponent = torch.where(head < power, 2 * (head + 1), 2 * (head - power) + 1)  # in steps of 4 / power
+    return torch.exp2(-exponent.to(torch.promote_types(dtype, torch.float32)) * (4 / power)).to(dtype)

@@ -25,4 +25,7 @@ STUDIES = {
     "ladder": "shoal.studies.ladder",
     "ladder-beyond": "shoal.studies.ladder_beyond",
     "gpt-tiny": "shoal.studies.gpt_tiny",
+    "broken-runs": "shoal.studies.broken_runs",
+    "finetune": "shoal.studies.finetune",
+    "attention-variants": "shoal.studies.attention_variants",
 }

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from shoal import tasks
-from shoal.config import LanguageConfig, ModularConfig, ModuleConfig, RunConfig, StudyConfig, flatten, run_id
+from shoal.config import LanguageConfig, ModularConfig, ModuleConfig, RunConfig, SentencesConfig, StudyConfig, flatten, run_id
 from shoal.config.fields import ConfigError, check
 from shoal.config.load import structure, unstructure
 from shoal.data.encoded import encoded
@@ -36,7 +36,7 @@ from shoal.results import claims
 from shoal.results.figures import curves
 from shoal.results.perplexity import perplexities
 from shoal.results.report import write_report
-from shoal.results.rows import Rows, lower_is_better
+from shoal.results.rows import Row, Rows, lower_is_better
 from shoal.results.store import Store
 from shoal.results.tables import main_key
 from shoal.results.wording import plural
@@ -149,28 +149,33 @@ def _single(name: str, metric: str, splits: Sequence[str], runs: list[RunConfig]
 
 
 def load(path: str | Path) -> Trained:
-    """``DIR`` or ``DIR:ID``; with several runs and no ID the best by the study's main metric, named on standard error, as is a run that has not finished."""
+    """The run that ``find`` finds, with its weights; one that has not finished is named on standard error."""
+    store, row = find(path)
+    fleet = next(fleet for fleet in store.fleets() if fleet["id"] == row["fleet"])
+    place, entry = next((place, entry) for place, entry in enumerate(fleet["runs"]) if entry["id"] == row["id"])
+    run = checkpoint.load_run(config_of(entry["config"]), place, store.fleet_directory(fleet["id"]) / "checkpoint")
+    if row["status"] == "running":
+        print(f"{store.directory}:{row['id']} has not finished its training; it is used as it was at the last checkpoint", file=sys.stderr)
+    return Trained(**vars(run))
+
+
+def find(path: str | Path) -> tuple[Store, Row]:
+    """``DIR`` or ``DIR:ID``; with several runs and no ID the best by the study's main metric, named on standard error."""
     directory, wanted = str(path), None
     if not Path(directory).exists() and ":" in directory:
         directory, _, wanted = directory.rpartition(":")
     store = Store.read(Path(directory))
-    rows = store.rows()
+    rows = {row["id"]: row for row in store.rows()}
     metric = store.record["main_metric"]
-    trained = {row["id"] for row in rows if row["status"] != "running"} or {row["id"] for row in rows}
+    trained = [row for row in rows.values() if row["status"] != "running"] or list(rows.values())
     if not trained:
         raise ConfigError(directory, "holds no trained run yet")
     if wanted is None:
-        wanted = _best(Rows([row for row in rows if row["id"] in trained]), metric)
+        wanted = _best(Rows(trained), metric)
         if len(rows) > 1:
             print(f"{len(rows)} runs; taking the best by {metric}: {directory}:{wanted}", file=sys.stderr)
-    for fleet in store.fleets():
-        for place, entry in enumerate(fleet["runs"]):
-            if entry["id"] == wanted:
-                found = checkpoint.load_run(config_of(entry["config"]), place, store.fleet_directory(fleet["id"]) / "checkpoint")
-                if next(row["status"] for row in rows if row["id"] == wanted) == "running":
-                    print(f"{directory}:{wanted} has not finished its training; it is used as it was at the last checkpoint", file=sys.stderr)
-                return Trained(**vars(found))
-    raise ConfigError(directory, f"has no run {wanted!r}; it has {', '.join(sorted(row['id'] for row in rows)[:8])}{' ...' if len(rows) > 8 else ''}")
+    check(wanted in rows, directory, f"has no run {wanted!r}; it has {', '.join(sorted(rows)[:8])}{' ...' if len(rows) > 8 else ''}")
+    return store, rows[wanted]
 
 
 def find_device(name: str) -> str:
@@ -252,8 +257,14 @@ def _complete(store: Store, group: Sequence[RunConfig], device: str, compiled: b
         _train(store, list(missing.values()), device, compiled, shown, f"{name}, {plural(len(missing), 'run')}", order)
 
 
-def _train(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str, order: tuple[int, ...]) -> None:
-    """One fleet to its end, resumed where it stopped; with too little GPU memory as two of half the size. ``order``: its place in reports."""
+def _train(
+    store: Store, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str, order: tuple[int, ...],
+    pieces: int | None = None,
+) -> None:  # fmt: skip
+    """One fleet to its end, resumed where it stopped; with too little GPU memory as two of half the size, and one run's batches in ``pieces``.
+
+    ``order``: its place in reports.
+    """
     identity = fleet_id(runs)
     place = store.fleet_directory(identity) / "checkpoint"
     tables: list[Table] = []
@@ -263,7 +274,9 @@ def _train(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool 
         fleet, extra = checkpoint.load(runs, place, device)
         store.truncate(identity, extra["parts"])
     else:
-        begun = _begin(runs, device, compiled)
+        begun = _begin(runs, device, compiled, pieces)
+        if begun is None and len(runs) == 1:
+            return _accumulate(store, runs, device, compiled, shown, name, order, pieces)
         if begun is None:
             return _halve(store, runs, device, compiled, shown, name, order)
         fleet, table = begun
@@ -291,10 +304,10 @@ def _train(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool 
         raise KeyboardInterrupt
 
 
-def _begin(runs: Sequence[RunConfig], device: str, compiled: bool | None) -> tuple[Fleet, Table] | None:
+def _begin(runs: Sequence[RunConfig], device: str, compiled: bool | None, pieces: int | None = None) -> tuple[Fleet, Table] | None:
     """A new fleet after its first evaluation and step, when it holds all the memory it will need; None where that is not to be had."""
     try:
-        fleet = Fleet.build(runs, device, compile=compiled)
+        fleet = Fleet.build(runs, device, compile=compiled, accumulate=pieces)
         return fleet, fleet.advance(1)
     except RuntimeError as error:
         cause: BaseException | None = error  # what ends a capture may fail in its turn and stand before the reason
@@ -307,11 +320,26 @@ def _begin(runs: Sequence[RunConfig], device: str, compiled: bool | None) -> tup
         return None  # nothing is done about it here: until this returns, the error holds on to the fleet
 
 
-def _halve(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str, order: tuple[int, ...]) -> None:
-    check(len(runs) > 1, "batch_size", "one run does not fit into the GPU's memory; make the batch smaller or raise accumulate, with another --out")
-    shown.note(f"{name}: does not fit into memory; training it as two fleets")
+def _accumulate(
+    store: Store, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str, order: tuple[int, ...], pieces: int | None
+) -> None:
+    """One run with its batches in twice as many pieces, which changes no result beyond rounding."""
+    more = 2 * (pieces or runs[0].accumulate)
+    fits = more <= runs[0].batch_size
+    check(fits, "batch_size", "one run does not fit into the GPU's memory; make the model or its sequences smaller, with another --out")
+    shown.note(f"{name}: a batch of {runs[0].batch_size} does not fit into memory; working through it in {more} pieces, whose gradients are added up")
+    _free()
+    _train(store, runs, device, compiled, shown, name, order, more)
+
+
+def _free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def _halve(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str, order: tuple[int, ...]) -> None:
+    shown.note(f"{name}: does not fit into memory; training it as two fleets")
+    _free()
     half = len(runs) // 2
     for part, piece in enumerate((runs[:half], runs[half:])):
         _train(store, piece, device, compiled, shown, f"{name}, part {part + 1}", (*order, part))
@@ -385,7 +413,9 @@ def _record(study: Study, wanted: Sequence[RunConfig], device: str, preset: str 
         config[path] = values[0] if len(values) == 1 else values
     digest = hashlib.sha256(" ".join(map(run_id, wanted)).encode()).hexdigest()[:10]  # which values go together
     config["runs"] = f"{len(wanted)}, hash {digest}"
-    texts = [encoded(task).fingerprint for task in dict.fromkeys(run.task for run in wanted) if isinstance(task, LanguageConfig)]
+    different = dict.fromkeys(run.task for run in wanted)
+    texts = [encoded(task).fingerprint for task in different if isinstance(task, LanguageConfig)]
+    texts += [tasks.build(task).fingerprint for task in different if isinstance(task, SentencesConfig)]
     config |= {"hash of text and tokenizer": ", ".join(dict.fromkeys(texts))} if texts else {}  # a file, or Python, may be another one tomorrow
     versions = {name: importlib.metadata.version(name) for name in ("shoal", "torch", "numpy")}
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {plural(torch.get_num_threads(), 'thread')}"

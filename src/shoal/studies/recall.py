@@ -162,9 +162,9 @@ class Recall:
 
     def study(
         self, name: str, question: str | None, claims: Sequence[Claim], *, published: Sequence[Published] = (), tables: Sequence[Table] = (),
-        figures: Sequence[Figure] = (),
+        figures: Sequence[Figure] = (), measures: Mapping[str, Callable[[Run], list[dict[str, Any]]]] | None = None,
     ) -> Study:  # fmt: skip
-        """``tables`` and ``figures``: the study's own, of the fresh runs."""
+        """``tables``, ``figures`` and ``measures``: the study's own, of the fresh runs."""
         by, of_fresh = list(self.cells()[0]), self.tuning.of_fresh
         last = [recall_tables.lengths(by, self.multiples), *([published_table(published)] if published else [])]
         return Study(
@@ -173,18 +173,20 @@ class Recall:
             main_metric=METRIC,
             config=self.config,
             wanted=lambda rows: self.tuning.wanted(self.config, rows),
-            measures={"lengths": self._measured},
+            measures={name: self._of_reported(of) for name, of in {"lengths": self._lengths, **(measures or {})}.items()},
             figures=[of_fresh(self._profile(by)), *map(of_fresh, figures), *self._training()],
             tables=[*map(of_fresh, tables), recall_tables.chosen(self.tuning, by), *map(of_fresh, last)],
             claims=claims,
         )
 
-    def _measured(self, run: Run) -> list[dict[str, Any]]:
-        """Accuracy at other lengths, of the runs that are reported."""
+    def _of_reported(self, measure: Callable[[Run], list[dict[str, Any]]]) -> Callable[[Run], list[dict[str, Any]]]:
+        """Nothing of the tuning's runs."""
+        return lambda run: [] if run.config.seeds.split in self.tuning.seeds else measure(run)
+
+    def _lengths(self, run: Run) -> list[dict[str, Any]]:
+        """Accuracy at other lengths."""
         from shoal.inference.evaluate import lengths
 
-        if run.config.seeds.split in self.tuning.seeds:
-            return []
         assert isinstance(run.config.task, RecallConfig)
         return [*lengths(run, (self.every if self.config.seeds >= ENOUGH else self.few)(run.config.task))]
 

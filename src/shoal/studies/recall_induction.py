@@ -7,6 +7,7 @@ from typing import Any
 
 from shoal.config import StudyConfig
 from shoal.results.claims import Claim
+from shoal.studies import recall_heads
 from shoal.studies.recall import DELAY, HYBRID, KNOWN, LEARNED, LR, LRS, MAMBA, MAMBA2, MODELS, NONE, ROTARY, S4D, Recall, base, some
 from shoal.studies.recall_tables import Published
 from shoal.studies.study import Study
@@ -107,4 +108,5 @@ def study(config: StudyConfig) -> Study:
     for cell in recall.cells("variant", DELAY):
         for delay in delays:
             claims += _near(recall, delay, cell) if delay in near else _far(recall, delay, near, cell)
-    return recall.study("recall-induction", __doc__, claims, published=PUBLISHED)
+    figure = recall_heads.figure(recall.line, list(recall.cells()[0]))
+    return recall.study("recall-induction", __doc__, claims, published=PUBLISHED, measures={"heads": recall_heads.measured}, figures=[figure])

@@ -26,11 +26,12 @@ class Tuning:
     reported: Callable[[Told], Told]  # of a setting: what its best is reported as; settings with the same compete
     order: Callable[[Rows], tuple[float, ...]]  # of a setting's runs on the tuning seeds: small is better, the first of equals is taken
     suffix: str = ""  # of the variant's name of a run on the tuning seeds, where it has the name its best is reported by
+    share: float = 1.0  # of its steps that a run on the tuning seeds makes, its schedule drawn together with it
 
     def wanted(self, config: StudyConfig, rows: Rows) -> list[RunConfig]:
         """First every setting on the tuning seeds; then the best of each cell on the config's own, named as it is reported."""
         settings = config.settings()
-        runs = [with_seed(with_values(run, self.in_tuning({"variant": run.variant})), seed) for _, run in settings for seed in self.seeds]
+        runs = [with_seed(with_values(run, self.in_tuning({"variant": run.variant, "steps": run.steps})), seed) for _, run in settings for seed in self.seeds]
         if not rows:
             return runs
         tuned = self.tried(rows)
@@ -59,7 +60,8 @@ class Tuning:
 
     def in_tuning(self, told: Mapping[str, Any]) -> Told:
         """What a setting is called by its runs on the tuning seeds."""
-        return {path: value + self.suffix if path == "variant" else value for path, value in told.items()}
+        there = {path: min(told[path], max(2, round(self.share * told[path]))) for path in ("steps", row_key("steps")) if path in told}
+        return {**told, **there, **({"variant": told["variant"] + self.suffix} if "variant" in told else {})}
 
     def of_fresh(self, drawn: Drawn) -> Drawn:
         """The same figure or table of the fresh runs alone."""

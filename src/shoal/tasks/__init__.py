@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shoal.config import LanguageConfig, MemorizeConfig, ModularConfig, MQARConfig, RecallConfig, TaskConfig, fields_per_run
+from shoal.config import LanguageConfig, MemorizeConfig, ModularConfig, MQARConfig, RecallConfig, SentencesConfig, TaskConfig, fields_per_run
 from shoal.contracts import Task
 from shoal.tasks import language, modular
 from shoal.tasks.language import LanguageTask
@@ -16,6 +16,7 @@ from shoal.tasks.memorize import MemorizeTask
 from shoal.tasks.modular import ModularTask
 from shoal.tasks.mqar import MQARTask
 from shoal.tasks.recall import RecallTask
+from shoal.tasks.sentences import SentencesTask
 from shoal.tasks.stream import export_test
 
 
@@ -35,4 +36,11 @@ def export(config: TaskConfig, seed: int, path: str | Path) -> dict[str, Any]:
     return export_test(build(config), seed, path, **{name: getattr(config, name) for name in fields_per_run(config)})
 
 
-TASKS = {MemorizeConfig: MemorizeTask, ModularConfig: ModularTask, RecallConfig: RecallTask, MQARConfig: MQARTask, LanguageConfig: LanguageTask}
+TASKS = {
+    MemorizeConfig: MemorizeTask,
+    ModularConfig: ModularTask,
+    RecallConfig: RecallTask,
+    MQARConfig: MQARTask,
+    LanguageConfig: LanguageTask,
+    SentencesConfig: SentencesTask,
+}

@@ -63,7 +63,7 @@ class LanguageTask:
         tokenizer = restored(memory["tokenizer"]) if memory else self.data.tokenizer
         self.tokenizer: Tokenizer = tokenizer
         self.vocab_size = self.tokenizer.vocab_size
-        self.max_length = config.length
+        self.max_length = config.longest * config.length
         content = memory["hash"] if memory else self.data.fingerprint
         self.fingerprint = hashlib.sha256(f"{fingerprint(config)} {content}".encode()).hexdigest()[:12]
         self.start: tuple[int, ...] = (tokenizer.special["<s>"],)
@@ -214,7 +214,7 @@ class LanguageTask:
             facts |= {"uniform nats": math.log(self.vocab_size), "unigram nats": float(-scored @ np.log(_unigram(counts["train"])) / scored.sum())}
             learned = {"bpe": "bpe was trained on", "characters": "the vocabulary is that of"}.get(self.config.tokenizer)
             notes += [f"{learned} all of the corpus, validation included"] if learned and not self.config.val_corpus else []
-        for split in self.held_out if self.config.split == "documents" or self.config.val_corpus else ():
+        for split in self.held_out if self.config.val_corpus else ():  # a corpus has every document once
             known = self._known(ranges, split)
             facts[f"{split} documents in train"] = int(known.sum())
             share = ranges[split].length[known].sum() / counts[split].sum()

@@ -2,6 +2,7 @@
 
 checkpoint/model.safetensors      every run as born: name -> [R, ...]
 checkpoint/optimizer.safetensors  the runs still in the fleet: "<moment>/<group>" -> [R', ...]; nothing once all have ended
+checkpoint/best.safetensors       as model.safetensors, at the best value of RunConfig.best_metric, where one is asked for
 checkpoint/fleet.json             step, who is present, statuses, what the caller adds
 checkpoint/corpus.json            of language: the hash of text and tokenizer, and the tokenizer, which a run needs to write text
 snapshots/00001000.safetensors    every run as it was after so many updates, where RunConfig.snapshots asks for it
@@ -33,7 +34,9 @@ from shoal.train.fleet import RUNNING, Fleet
 from shoal.train.layout import Layout
 from shoal.train.run import Run
 
-MODEL, OPTIMIZER, STATE, CORPUS, SNAPSHOTS = "model.safetensors", "optimizer.safetensors", "fleet.json", "corpus.json", "snapshots"
+MODEL, OPTIMIZER, STATE, CORPUS, SNAPSHOTS, BEST = (
+    "model.safetensors", "optimizer.safetensors", "fleet.json", "corpus.json", "snapshots", "best.safetensors",
+)  # fmt: skip
 
 
 def save(fleet: Fleet, directory: Path, extra: dict[str, Any]) -> None:
@@ -42,7 +45,11 @@ def save(fleet: Fleet, directory: Path, extra: dict[str, Any]) -> None:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     save_file({name: view.contiguous() for name, view in fleet.layout.views(fleet.everyone()).items()}, new / MODEL)
-    state = {} if fleet.done else fleet.state  # twice the weights, and nobody goes on from there
+    kept_on = {"best"} if fleet.done else fleet.state.keys()  # moments are twice the weights, and nobody goes on from there
+    state = {name: dict(fleet.state[name]) for name in fleet.state if name in kept_on}
+    if "best" in state:
+        kept = fleet.layout.views(state["best"].pop("weights").cpu())
+        save_file({name: view.contiguous() for name, view in kept.items()}, new / BEST)
     save_file({f"{moment}/{group}": x.contiguous() for moment, tensors in state.items() for group, x in tensors.items()}, new / OPTIMIZER)
     state = {
         "step": fleet.step,
@@ -54,6 +61,7 @@ def save(fleet: Fleet, directory: Path, extra: dict[str, Any]) -> None:
         "hits": fleet.hits.tolist(),
         "departed": {run: [status, ended] for run, (_, status, ended) in fleet.departed.items()},
         "compiled": fleet.compile,
+        "accumulate": fleet.accumulate,
         "extra": extra,
     }
     (new / STATE).write_text(json.dumps(state))
@@ -84,7 +92,7 @@ def load(runs: Sequence[RunConfig], directory: Path, device: str | torch.device)
     directory = _existing(directory)
     with _readable(directory / STATE):
         state = json.loads((directory / STATE).read_text())
-    fleet = Fleet(runs, device, compile=state["compiled"])
+    fleet = Fleet(runs, device, compile=state["compiled"], accumulate=state["accumulate"])
     fleet.task = _task(fleet.config, directory)
     fleet.step, fleet.evaluated, fleet.seconds = state["step"], state["evaluated"], state["seconds"]
     fleet.present = state["present"]
@@ -98,6 +106,8 @@ def load(runs: Sequence[RunConfig], directory: Path, device: str | torch.device)
     for name, x in _read(directory / OPTIMIZER).items():
         moment, _, group = name.partition("/")
         fleet.state.setdefault(moment, {})[group] = x.to(fleet.device)
+    if "best" in fleet.state:
+        fleet.state["best"]["weights"] = layout.pack(_read(directory / BEST), 1).to(fleet.device)
     fleet.status, fleet.ended, fleet.hits = (torch.tensor(state[name], device=fleet.device) for name in ("status", "ended", "hits"))
     fleet.assemble()
     return fleet, state["extra"]
@@ -117,7 +127,8 @@ def load_run(config: RunConfig, place: int, directory: Path) -> Run:
     files = {int(path.stem): path for path in sorted((directory.parent / SNAPSHOTS).glob("*.safetensors"))}
     task = _task(config, directory)
     past = {step: partial(_run, config, task, place, path) for step, path in files.items() if step <= made}
-    return replace(_run(config, task, place, directory / MODEL), past=past)
+    kept = partial(_run, config, task, place, directory / BEST) if config.best_metric else None
+    return replace(_run(config, task, place, directory / MODEL), past=past, kept=kept)
 
 
 def _task(config: RunConfig, directory: Path) -> Task:

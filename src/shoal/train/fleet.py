@@ -24,8 +24,10 @@ from torch import Tensor
 from shoal import models, rng, tasks
 from shoal.config import BaumWelch, LanguageConfig, Muon, RunConfig, fields_per_run
 from shoal.contracts import Batch, Optimizer, State, Sums
+from shoal.models.encoder import Encoder
 from shoal.nn import initialise
-from shoal.train import diffusion, flops, interventions, optimizers
+from shoal.tasks.sentences import SentencesTask, cut, numbered
+from shoal.train import best, diffusion, faults, flops, interventions, optimizers
 from shoal.train.capture import Captured
 from shoal.train.interventions import Interventions
 from shoal.train.layout import Layout
@@ -52,12 +54,14 @@ class Fleet:
     ended: Tensor  # int64 [R], updates made when it stopped running
     hits: Tensor  # int64 [R], evaluations in a row that met the stop rule
 
-    def __init__(self, runs: Sequence[RunConfig], device: str | torch.device = "cpu", *, compile: bool | None = None) -> None:
+    def __init__(self, runs: Sequence[RunConfig], device: str | torch.device = "cpu", *, compile: bool | None = None, accumulate: int | None = None) -> None:
+        """``accumulate``: more pieces than the runs' own, where that is what fits into memory."""
         self.runs, self.device = list(runs), torch.device(device)
         self.config = self.runs[0]
         if self.device.type == "cpu":
             keep_freed_memory()
         self.compile = self.device.type == "cuda" if compile is None else compile
+        self.accumulate = accumulate or self.config.accumulate
         self.task = tasks.build(self.config.task)
         self.optimizer: Optimizer = optimizers.build(self.config.optimizer)
         self.step, self.evaluated, self.kept, self.seconds = 0, -1, -1, 0.0
@@ -73,9 +77,9 @@ class Fleet:
         self.summary_metric = self.config.stop_metric or (f"{splits[-1]}/{kind}" if splits else "batch/loss")
 
     @classmethod
-    def build(cls, runs: Sequence[RunConfig], device: str | torch.device = "cpu", *, compile: bool | None = None) -> Fleet:
+    def build(cls, runs: Sequence[RunConfig], device: str | torch.device = "cpu", *, compile: bool | None = None, accumulate: int | None = None) -> Fleet:
         """A new fleet at step 0, initialised from its runs' seeds."""
-        fleet = cls(runs, device, compile=compile)
+        fleet = cls(runs, device, compile=compile, accumulate=accumulate)
         count = len(fleet.runs)
         model = fleet._new_model((count,))
         layout = fleet.layout_of(model)
@@ -83,7 +87,8 @@ class Fleet:
         layout.bind(model, flat)
         initialise(model, model.init_rules([run.model for run in fleet.runs]), torch.tensor([run.seeds.init for run in fleet.runs]))
         fleet.flat = flat.to(fleet.device)
-        fleet.state = fleet.optimizer.init(layout_groups(layout, fleet.flat)) | interventions.init(fleet.config, fleet.flat)
+        fleet.state = fleet.optimizer.init(layout_groups(layout, fleet.flat))
+        fleet.state |= interventions.init(fleet.config, fleet.flat) | best.init(fleet.config, fleet.flat)
         zeros = torch.zeros(count, dtype=torch.int64, device=fleet.device)
         fleet.status, fleet.ended, fleet.hits = zeros, zeros.clone(), zeros.clone()
         fleet.assemble()
@@ -99,7 +104,7 @@ class Fleet:
         self.weights = self.flat if itself else self.flat.to(DTYPES[self.config.precision], copy=True)  # what the model computes with
         self.parameters = self.layout.bind(self.model, self.weights)
         for buffer in self.model.buffers():
-            buffer.data = buffer.to(self.device, DTYPES[self.config.precision])
+            buffer.data = buffer.to(self.device, DTYPES[self.config.precision] if buffer.is_floating_point() else None)
         if getattr(self.model, "rate", None) is not None:
             self.model.rate = self._column("model.dropout")
         self.hyper = {path.rpartition(".")[2]: self._column(path) for path in fields_per_run(self.config) if path.startswith("optimizer.")}
@@ -112,14 +117,21 @@ class Fleet:
         names = [path for path in fields_per_run(self.config) if path.startswith("task.")]
         per_run = {path.removeprefix("task."): [_get(run, path) for run in runs] for path in names}
         self.tables = self.task.setup({**per_run, "split_seed": [run.seeds.split for run in runs]}, self.device)
+        self._remembers = isinstance(self.model, Encoder) and self.model.config.frozen
+        if isinstance(self.model, Encoder) and self._remembers:
+            self.tables, sentences = numbered(self.tables)
+            self.model.remember(sentences, EVALUATION_TOKENS[self.device.type] // self.task.max_length, self.task.fingerprint)
         self.clock = torch.tensor(self.step, device=self.device)  # int64 scalar: the step, for the device
 
         if self.compile:
             torch.compiler.reset()  # each fleet is its own program; PyTorch keeps only a few versions of one function
-        self._objective = self._compiled(OBJECTIVES[self.config.objective])
-        self._draw, self._update = self._compiled(self.task.batch), self._compiled(_update)
+        objective = OBJECTIVES[self.config.objective]
+        self._objective = objective if isinstance(self.model, Encoder) else self._compiled(objective)  # a library's code is captured as it is
+        self._draw, self._update = self._compiled(faults.drawing(self.config.fault, self.task)), self._compiled(_update)
         self._disturbed = self._compiled(interventions.disturbed)
-        self._captured_step = Captured(self._one_step, self.device, self._quiet)
+        self.length: int | None = None  # what the next step's batch is padded to; None where all have one length
+        self._captured_steps: dict[int | None, Captured] = {}  # by that length
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self._captured_evaluation = Captured(self._one_evaluation, self.device, self._quiet)
 
     @property
@@ -142,7 +154,7 @@ class Fleet:
                     break
             if made == num_steps or self.step == self.last_step:
                 break
-            metrics = self._captured_step()
+            metrics = self._step()()
             if self.step % self.config.log_every == 0:
                 entries.append((self.step, list(self.present), _copy(metrics)))
             self.step += 1
@@ -195,16 +207,31 @@ class Fleet:
         batch = self._draw(self.tables, self.order_key, self.clock, self.config.batch_size)
         shape, one = flops.shape_of(batch), self._new_model(())
         num_parameters = sum(flops.parameters(one).values())
+        choices = {"device": str(self.device), "runs": len(self.runs), "compiled": self.compile, "accumulate": self.accumulate}
         return {
-            "choices": {"device": str(self.device), "runs": len(self.runs), "compiled": self.compile, "threads": torch.get_num_threads()},
+            "choices": choices | {"threads": torch.get_num_threads()},
             "model": {"parameters": num_parameters, "flops": flops.step(self.config, one, shape)._asdict(), "batch": list(shape)},
             "data": [self.task.describe(self.tables, place) for place in range(len(self.present))],
         }
 
     # One step and one evaluation: what is captured.
 
+    def _step(self) -> Captured:
+        """The next step. Each length of batches is a program of its own; they share their memory."""
+        if isinstance(self.task, SentencesTask) and not self._remembers:
+            if self.device.type == "cuda" and not self._captured_steps:
+                self.length = self.task.encoded["train"].padded(0)  # the longest first, which needs most memory
+                self._captured_steps[self.length] = Captured(self._one_step, self.device, self._quiet, pool=self._pool)
+                self._captured_steps[self.length].record()
+            self.length = self.task.length_at(self.step, self.config.batch_size)
+        if self.length not in self._captured_steps:
+            self._captured_steps[self.length] = Captured(self._one_step, self.device, self._quiet, pool=self._pool)
+        return self._captured_steps[self.length]
+
     def _one_step(self) -> dict[str, Tensor]:
         batch = self._draw(self.tables, self.order_key, self.clock, self.config.batch_size)
+        if self.length is not None:
+            batch = cut(batch, self.length)
         if self.asked.weight_noise is not None:  # only until the update, after which weights are flat's again
             self.weights.copy_(self._disturbed(self.asked.weight_noise, self.layout, self.flat, self.clock))
         sums, grads = self._gradients(batch)
@@ -228,7 +255,7 @@ class Fleet:
         elif getattr(self.model, "rate", None) is not None:
             keys = rng.fold(rng.fold(self.noise_key, self.clock)[:, None], torch.arange(rows, device=self.device))
         total, grads = None, []
-        for piece, piece_keys in _pieces(batch, keys, self.config.accumulate):
+        for piece, piece_keys in _pieces(batch, keys, self.accumulate):
             sums = self._objective(self.model, piece, piece_keys)
             new = torch.autograd.grad(sums.loss.sum(), list(self.parameters.values()))
             total, grads = (sums, list(new)) if total is None else (add(total, sums), [a.float() + b for a, b in zip(grads, new, strict=True)])
@@ -247,6 +274,8 @@ class Fleet:
             met = value <= self.stop_at if self.config.stop_metric.endswith("loss") else value >= self.stop_at
             self.hits.copy_(torch.where(due, torch.where(met, self.hits + 1, 0), self.hits))
             finished = due & (self.hits >= self.config.stop_evaluations)
+        if self.config.best_metric is not None:
+            finished |= best.keep(self.config, self.state["best"], self.flat, metrics[self.config.best_metric], self.clock, due)
         completed = due & ~finished & (self.clock >= self.steps)
         self.status.copy_(torch.where(finished, FINISHED, torch.where(completed, COMPLETED, self.status)))
         self.ended.copy_(torch.where(finished | completed, self.clock, self.ended))
@@ -255,7 +284,8 @@ class Fleet:
     @torch.no_grad()
     def _split_sums(self, split: str) -> Sums:
         rows = max(16, EVALUATION_TOKENS[self.device.type] // (len(self.present) * self.task.max_length))
-        return reduce(add, (self._objective(self.model, batch, None) for batch in self.task.evaluation(self.tables, split, rows)))
+        batches = (faults.evaluated(self.config.fault, self.task, batch) for batch in self.task.evaluation(self.tables, split, rows))
+        return reduce(add, (self._objective(self.model, batch, None) for batch in batches))
 
     # Smaller parts.
 
@@ -291,8 +321,8 @@ class Fleet:
 
     def _compact(self) -> None:
         expected = min(self.last_step - self.step, self.step)  # as a rule of thumb what has gone on for long goes on for as long again
-        if self.compile and expected < RECOMPILE_WORTH:
-            return
+        if self.config.best_metric is not None or (self.compile and expected < RECOMPILE_WORTH):
+            return  # best weights stay where they are
         index = (self.status == RUNNING).nonzero().flatten().tolist()
         if 0 < len(index) <= len(self.present) // 2:
             self.keep(index)
@@ -305,8 +335,8 @@ class Fleet:
         measured = ~np.isnan(values)
         self.latest[table["run"][measured]] = values[measured]  # rows come in the order of their steps
         if not np.isnan(self.latest).all():
-            best = np.nanmin if self.summary_metric.endswith("loss") else np.nanmax
-            self.summary |= {"median": float(np.nanmedian(self.latest)), "best": float(best(self.latest))}
+            extreme = np.nanmin if self.summary_metric.endswith("loss") else np.nanmax
+            self.summary |= {"median": float(np.nanmedian(self.latest)), "best": float(extreme(self.latest))}
 
 
 def joined(tables: Sequence[Table]) -> Table:

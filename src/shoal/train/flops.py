@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import torch
 
 from shoal import models, rng, tasks
-from shoal.config import SGD, Adagrad, Adam, AdamW, BaumWelch, DecoderConfig, Gradient, Muon, RunConfig, Seeds, fields_per_run
+from shoal.config import SGD, Adagrad, Adam, AdamW, BaumWelch, DecoderConfig, EncoderConfig, Gradient, Muon, RunConfig, Seeds, fields_per_run
 from shoal.config.core import type_name
 from shoal.config.fields import check
 from shoal.contracts import Batch, Tables, Task
-from shoal.mixers.attention import SHORT
+from shoal.mixers.attention import SHORT, Attention
+from shoal.mixers.masks import Explicit
 from shoal.models.decoder import Decoder
 from shoal.nn.layers import SMALL_VOCABULARY
 from shoal.nn.linear_cross_entropy import LARGE_VOCABULARY, MATERIALISED, MAX_WIDTH
@@ -75,7 +76,10 @@ def outline(run: RunConfig) -> Outline:
     batch = task.batch(tables, rng.key(torch.tensor([run.seeds.order]), "order"), torch.tensor(0), run.batch_size)
     with torch.device("meta"):
         model = models.build(run.model, task.vocab_size, task.max_length, ())
-    return Outline(task, tables, model, shape_of(batch))
+    shape = shape_of(batch)
+    if isinstance(run.model, EncoderConfig) and run.model.frozen:
+        shape = shape._replace(time=1)  # steps see what it made of a sentence, which it has read before
+    return Outline(task, tables, model, shape)
 
 
 def shape_of(batch: Batch) -> Shape:
@@ -91,7 +95,7 @@ def counts(run: RunConfig) -> Counts:
 
 def step(run: RunConfig, model: models.AnyModel, shape: Shape) -> Counts:
     """The same of a model (without a run axis) and a batch that are there."""
-    layers = sum(mixer == "attention" for mixer in _mixers(run.model))
+    layers = sum(isinstance(block.mixer, Attention) for block in list[Any](model.blocks)) if isinstance(model, Decoder) else 0
     width = run.model.width if isinstance(run.model, DecoderConfig) else 0
     assignment = shape.tokens * (6 * sum(parameters(model).values()) + 12 * layers * width * shape.time)
     products = 3 * model.flops(*shape)
@@ -125,11 +129,12 @@ def products(model: models.AnyModel, shape: Shape) -> dict[str, int]:
     parts = Counter({"embedding": 0})
     for index, mixer in enumerate(_mixers(config)):
         places = scored if index == config.num_layers - 1 else time
-        whole, scores = blocks[index].mixer.flops(rows, time, places), 0
-        if mixer == "attention":
-            scores = 4 * rows * places * time * config.width
-            parts["attention: scores and sums"] += scores
-        parts[f"{mixer}: projections" if mixer == "attention" else mixer] += whole - scores
+        module = blocks[index].mixer
+        if isinstance(module, Attention):
+            parts[f"{mixer}: scores and sums"] += module.mixing_flops(rows, time, places)
+            parts[f"{mixer}: projections"] += module.projection_flops(rows, time, places)
+        else:
+            parts[mixer] += module.flops(rows, time, places)
         parts["feed-forward"] += 4 * rows * places * config.width * config.feed_forward
     return {**parts, "head": model.flops(*shape) - sum(parts.values())}
 
@@ -159,7 +164,8 @@ def hardware(run: RunConfig, model: models.AnyModel, shape: Shape) -> dict[str, 
         parts["Newton-Schulz"] = parts.get("Newton-Schulz", 0) + (RAISE + FINISH) * sum(_newton_schulz(p.shape) for p in matrices.values())
     if isinstance(model, Decoder):
         forward = products(model, shape)
-        parts["scores again"] = forward.get("attention: scores and sums", 0) // 2 if shape.time > SHORT else 0
+        fused = {mixer for mixer, block in zip(_mixers(run.model), list[Any](model.blocks), strict=True) if not isinstance(block.mixer, Explicit)}
+        parts["scores again"] = sum(forward.get(f"{mixer}: scores and sums", 0) for mixer in fused) // 2 if shape.time > SHORT else 0
         parts["head again"] = forward["head"] if _recomputes(run, model, shape) else 0
         if model.vocab_size <= SMALL_VOCABULARY and model.config.token_embedding == "trained":
             parts["embedding"] = 2 * shape.tokens * model.vocab_size * model.config.width
@@ -247,7 +253,7 @@ def explain(run: RunConfig) -> str:
     seen = steps * shape.tokens
     paid = f"a budget of {run.budget:.4g} FLOPs by {run.budget_rule} pays for {steps:,} steps" if run.budget else f"no budget; {steps:,} steps"
     there = task.describe(tables, 0).get("train tokens")
-    epochs = f"; {seen / there:.3g} epochs of {there:,} training tokens" if there else ""
+    epochs = f"; {seen / there:.3g} epochs of {there:,} training tokens" if isinstance(there, int) else ""  # of sentences there is more to say
     return "\n".join([*lines, "", f"{paid}: {seen:,} tokens, {seen / total:.4g} a parameter{epochs}"])
 
 

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from shoal import rng, tasks
+from shoal import models, rng, tasks
 from shoal.config import (
     BaumWelch,
     BigramConfig,
     DecoderConfig,
     EmbeddingMLPConfig,
+    EncoderConfig,
     Gradient,
     HMMConfig,
     LanguageConfig,
@@ -22,6 +23,7 @@ from shoal.config import (
     ModuleConfig,
     Muon,
     RunConfig,
+    SentencesConfig,
     Weights,
     fields_per_run,
     flatten,
@@ -32,6 +34,7 @@ from shoal.contracts import Batch, Task
 from shoal.data.tokenizers import shortened
 from shoal.models.trial import try_out
 from shoal.tasks.language import LanguageTask
+from shoal.tasks.sentences import SentencesTask
 from shoal.tasks.stream import check_size
 from shoal.train.diffusion import ROWS
 from shoal.train.flops import budgeted
@@ -97,11 +100,12 @@ def validate(run: RunConfig, device: str | None = None) -> None:
             raise ConfigError("evaluate", f"this task has no split {split!r}; it has {shortened(task.splits)}{fix}")
     if "train" not in task.splits or isinstance(run.task, LanguageConfig):
         check_size(run.batch_size)
-    if run.stop_metric is not None:
-        split, _, metric = run.stop_metric.partition("/")
-        if split not in run.evaluate or metric not in ("loss", "accuracy", "exact"):
+    for field, name in (("stop_metric", run.stop_metric), ("best_metric", run.best_metric)):
+        split, _, metric = (name or "").partition("/")
+        if name is not None and (split not in run.evaluate or metric not in ("loss", "accuracy", "exact")):
             known = ", ".join(f"{s}/{m}" for s in run.evaluate for m in ("loss", "accuracy", "exact"))
-            raise ConfigError("stop_metric", f"{run.stop_metric!r} is not measured; possible: {known or 'nothing, because evaluate names no split'}")
+            raise ConfigError(field, f"{name!r} is not measured; possible: {known or 'nothing, because evaluate names no split'}")
+    _check_encoder(run, task)
     budgeted(run)
     if isinstance(run.model, ModuleConfig):
         reason = "muon is for hidden matrices, and which of a module's are hidden is not known"
@@ -126,12 +130,32 @@ def _check_objective(run: RunConfig) -> None:
     check(
         sees_all or not fills, "model.causal", "masked_diffusion fills in what is hidden from both sides; set model.type to decoder and model.causal to false"
     )
-    check(fills or not sees_all, "objective", "a model that sees the whole sequence sees the next token; set it to masked_diffusion, or model.causal to true")
+    leaks = run.fault == "leak"
+    fix = "set it to masked_diffusion, or model.causal to true (or, to see what it does, fault to leak)"
+    check(fills or leaks or not sees_all, "objective", f"a model that sees the whole sequence sees the next token; {fix}")
+    check(sees_all or not leaks, "fault", "leak is attention that sees what it should foretell: set model.type to decoder and model.causal to false")
+    language = isinstance(run.task, LanguageConfig) and run.objective == "cross_entropy"
+    check(language or run.fault == "none", "fault", f"{run.fault} is a mistake with text and cross_entropy; take the task language, or set it to none")
     has_mask = isinstance(run.task, LanguageConfig) and run.task.mask_token
     check(
         has_mask or not fills, "task.mask_token", "masked_diffusion needs a token to hide others behind; take the task language and set task.mask_token to true"
     )
     check(not fills or run.batch_size <= ROWS, "batch_size", f"masked_diffusion tells {ROWS:,} rows apart, not {run.batch_size:,}; lower it")
+
+
+def _check_encoder(run: RunConfig, task: Task) -> None:
+    """An encoder reads sentences, in its own tokens, and sentences are read by an encoder."""
+    if not isinstance(run.model, EncoderConfig) or not isinstance(task, SentencesTask) or not isinstance(run.task, SentencesConfig):
+        neither = not isinstance(run.model, EncoderConfig) and not isinstance(task, SentencesTask)
+        check(neither, "model.type", "encoder and the task sentences go together: set model.type to encoder and task.type to sentences")
+        return
+    fix = f"set both task.encoder and model.encoder to {run.model.encoder}"
+    check(run.task.encoder == run.model.encoder, "task.encoder", f"is {run.task.encoder}, and the model is {run.model.encoder}; {fix}")
+    counted = f"{task.num_classes} classes ({shortened(task.data.classes)})"
+    check(run.model.num_classes == task.num_classes, "model.num_classes", f"{run.task.train} has {counted}; set it to {task.num_classes}")
+    check(not isinstance(run.optimizer, Muon), "optimizer.type", "muon is for hidden matrices, and which of an encoder's are hidden is not known; take adamw")
+    with torch.device("meta"):
+        models.build(run.model, task.vocab_size, run.task.max_length)
 
 
 def _each_kind(run: RunConfig, task: Task) -> Iterator[Batch]:

@@ -17,6 +17,7 @@ class Run:
     task: Task
     model: AnyModel
     past: Mapping[int, Callable[[], Run]] = field(default_factory=dict)  # number of updates -> loads the run as it was then
+    kept: Callable[[], Run] | None = None  # loads it as it was at the best value of RunConfig.best_metric
 
     @property
     def id(self) -> str:
@@ -26,6 +27,12 @@ class Run:
     def snapshots(self) -> tuple[int, ...]:
         """The numbers of updates after which its weights were kept (RunConfig.snapshots), up to its end."""
         return tuple(self.past)
+
+    def best(self) -> Run:
+        """This run as it was at the best value of its best_metric."""
+        check(self.kept is not None, "best_metric", "this run kept no best weights; name a metric for it before training, for example val/accuracy")
+        assert self.kept is not None
+        return self.kept()
 
     def at(self, step: int) -> Run:
         """This run as it was after ``step`` updates."""

@@ -1,0 +1,1 @@
+"""Pretrained encoders, fine-tuned: what stands beside them, and how they leave shoal."""

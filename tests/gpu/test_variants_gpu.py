@@ -1,0 +1,50 @@
+"""Every variant of attention on a GPU: as the CPU in float64, values and gradients, with and without padding.
+
+python -m pytest tests/gpu/test_variants_gpu.py -m gpu
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from laws import filled, generator
+from torch import Tensor
+
+from shoal import mixers
+from shoal.config import DecoderConfig
+from shoal.config.models import MixerName
+from shoal.contracts import Context
+
+R, B, T, D = 3, 4, 50, 32
+VARIANTS = [name for name in get_args(MixerName) if name not in ("rnn", "gru", "lstm", "mamba", "ssd", "s4d")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("default"),  # compilers warn of themselves
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def everything(name: Any, dtype: torch.dtype, device: str, masked: bool, positions: Any) -> list[Tensor]:
+    """The output and the gradients of the input and of every parameter that has one."""
+    config = DecoderConfig(width=D, num_heads=4, window=9, features=16, positions=positions)
+    mixer = filled(mixers.build(name, config, (R,), max_length=T)).to(device, dtype)
+    x = torch.randn(R, B, T, D, generator=generator(1), dtype=torch.float64).to(device, dtype).requires_grad_()
+    mask = torch.arange(T, device=device) >= torch.arange(R * B, device=device).view(R, B, 1) if masked else None
+    y, _ = mixer(x, Context(mask=mask))
+    y = y if mask is None else torch.where(mask.unsqueeze(-1), y, 0.0)
+    outgoing = torch.randn(y.shape, generator=generator(3), dtype=torch.float64).to(y)
+    inputs = [x, *(p for p in mixer.parameters() if p.requires_grad)]
+    gradients = torch.autograd.grad(y, inputs, outgoing, allow_unused=True)
+    return [y.detach(), *(g for g in gradients if g is not None)]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("masked", "positions"), [(False, "none"), (True, "none"), (True, "rotary"), (False, "alibi"), (True, "alibi")])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-1)])
+def test_equals_the_cpu(name: str, masked: bool, positions: str, dtype: torch.dtype, tolerance: float) -> None:
+    expected, got = everything(name, torch.float64, "cpu", masked, positions), everything(name, dtype, "cuda", masked, positions)
+    largest = max(b.norm() for b in expected)  # a gradient that is 0, as a key's bias has, is noise of the others
+    for a, b in zip(got, expected, strict=True):
+        assert (a.double().cpu() - b).norm() < tolerance * (b.norm() + largest / 20)
