@@ -498,6 +498,12 @@ def test_compile_reaches_the_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert asked == [passed]
 
 
+def test_runs_of_one_step(tmp_path: Path) -> None:
+    """They have ended before their fleet is written down."""
+    result = shoal.run(study_of(shoal.grid(RUN, {"steps": [1, 4]}, seeds=2)), tmp_path, progress=False)
+    assert [row["steps"] for row in result.rows] == [1, 1, 4, 4] and all(row["data"] for row in result.rows)
+
+
 def test_a_dead_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = shoal.run(study_of(shoal.grid(RUN, {"optimizer.lr": [0.01, 1e38]}, seeds=2)), tmp_path)
     assert [(row["optimizer.lr"], row["status"]) for row in result.rows] == [(0.01, "completed")] * 2 + [(1e38, "dead")] * 2

@@ -148,7 +148,7 @@ class Fleet:
                 metrics = self._captured_evaluation()
                 entries.append((self.step, list(self.present), _copy(metrics)))
                 self.evaluated = self.step
-                if self.step // self.config.evaluate_every % COMPACT_EVERY == 0:
+                if self.step >= self.config.evaluate_every and self.step // self.config.evaluate_every % COMPACT_EVERY == 0:
                     self._compact()
                 if self.device.type == "cpu" and self.done:  # asking a GPU would mean to wait for it
                     break
