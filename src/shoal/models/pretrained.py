@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from shoal.data.encoders import explained, quiet, source
 from shoal.models.module import seeded
 from shoal.nn import dropout
+from shoal.nn.fused_attention import fused_attention
 
 
 @dataclass
@@ -157,7 +157,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     """Attention of the library's models. query, key, value [B, H, T, K]; attention_mask bool [B, 1, 1, T], True = real -> [B, T, H, K]."""
     (dropped,) = module.shoal_dropout
     if dropped.draws.keys is None:
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        y = fused_attention(query, key, value, attention_mask, scale=scaling)
     else:
         scores = query @ key.mT * (scaling or query.shape[-1] ** -0.5)
         shares = scores.masked_fill(~attention_mask, float("-inf")).softmax(-1)
