@@ -1,8 +1,8 @@
-"""The commands that ask a trained run: score, classify, inspect and diagnose; and what every command needs to get at runs and devices.
+"""The commands that ask a trained run (score, classify, inspect, diagnose), fine-tune an encoder and do attention by hand; what all commands share.
 
 Not here: parsing, and how errors are told (``shoal.cli``). Imports no torch before a command runs.
 
-    Score(run="runs/sanity", text="I love machines")()
+    Score(run="runs/sanity", text="I love machine")()
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Score:
     A text (--text, behind --prompt if there is one), or a file: .txt, or .jsonl with a document or text in every line, whose end tokens are scored too.
     What is longer than the model's positions is read in windows; with --stride each begins so many tokens after the one before, and scores what is new.
 
-    Example: shoal score runs/sanity --text "I love machines" --page surprise.html
+    Example: shoal score runs/sanity --text "I love machine" --page surprise.html
     """
 
     target: ClassVar = ()

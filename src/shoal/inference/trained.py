@@ -1,6 +1,6 @@
 """A run with what can be done with it, for notebooks: ``shoal.load`` gives these. Each method is the function of the same name, the run put in.
 
-run = shoal.load("runs/sanity"); run.generate("I love"); run.score("I love machines"); run.classify("reviews.csv")
+run = shoal.load("runs/sanity"); run.generate("I love"); run.score("I love machine"); run.classify("reviews.csv")
 run.attention("I love").weights; run.lens("I love").loss; run.head_scores().table()
 """
 
