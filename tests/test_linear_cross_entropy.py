@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shoal.config.fields import ConfigError
 from shoal.nn import linear_cross_entropy as fused
-from shoal.nn.linear_cross_entropy import Form, linear_cross_entropy
+from shoal.nn.linear_cross_entropy import PLACES, Form, _packed_argmax, linear_cross_entropy
 from shoal.train import objectives
 from shoal.train.fleet import Fleet
 
@@ -137,6 +137,19 @@ def test_equal_and_extreme_logits(form: Form) -> None:
         for target, loss in losses.items():
             nll, got = linear_cross_entropy(hidden, torch.tensor([[values]]), None, torch.full((1, 1, 1), target), form=form)
             assert nll.item() == pytest.approx(loss, rel=1e-4) and got.item() == best
+
+
+def test_the_place_of_the_largest_packed_into_one_integer() -> None:
+    for scale in (1e-30, 1.0, 5.0, 1e30):
+        x = (torch.randn(50, 5000, generator=generator(3)) * scale).bfloat16().float()  # of so many, several are equal
+        x[:, 4900:] = -torch.inf
+        assert torch.equal(_packed_argmax(x), x.argmax(-1))
+    x = torch.full((2, 9), -torch.inf)
+    x[1] = torch.tensor([-2.0, -1.0, -1.0, -3.0, -1.0, -2.0, -4.0, -5.0, -1.0])
+    assert _packed_argmax(x).tolist() == [0, 1]
+    full = torch.zeros(1, PLACES)
+    full[0, -1] = 1.0
+    assert _packed_argmax(full).item() == PLACES - 1 and _packed_argmax(full.flip(-1)).item() == 0
 
 
 def test_what_needs_no_gradient() -> None:

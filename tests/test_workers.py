@@ -15,6 +15,7 @@ import pytest
 
 import shoal
 from shoal.config.fields import ConfigError
+from shoal.studies import measuring, sanity
 from shoal.studies.workers import together
 
 RUN = shoal.RunConfig(
@@ -43,6 +44,26 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
             np.testing.assert_allclose(a.curve(metric)[1], b.curve(metric)[1], rtol=1e-4)
     run = apart.load(alone.rows[0]["id"])
     assert run.snapshots == (0, 5) and run.at(5).config == run.config
+
+
+def test_workers_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shoal's own study looks at is the same from workers; what is a timing is not left to them."""
+    config = sanity.full()
+    config = replace(config, run=replace(config.run, steps=20), grid={"task.unscored": [0, 3], "model.num_layers": [1, 2]}, seeds=2)
+    alone = shoal.run(sanity.study(config), tmp_path / "alone", progress=False, device="cpu")
+    jobs: list[tuple[Any, ...]] = []
+
+    def noted(work: Any, given: list[tuple[Any, ...]], workers: int, device: str) -> None:
+        jobs.extend(given)
+        together(work, given, workers, device)
+
+    monkeypatch.setattr(measuring, "together", noted)
+    timed = replace(sanity.study(config), timed=["positions"])
+    apart = shoal.run(timed, tmp_path / "apart", progress=False, device="cpu", workers=2)
+    assert len(jobs) == 2 and all(names == {"samples"} for *_, names in jobs)
+    for a, b in zip(alone.rows, apart.rows, strict=True):
+        assert a["measures"].keys() == b["measures"].keys() == {"samples", "positions"}
+        assert a["measures"]["samples"] == b["measures"]["samples"]
 
 
 def _job(directory: Path, number: int) -> None:

@@ -62,6 +62,18 @@ def unstructure(config: Any) -> dict[str, Any]:
     return _converter().unstructure(config)
 
 
+def config_of(flat: Mapping[str, Any]) -> RunConfig:
+    """The inverse of ``flatten``."""
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        inner = nested
+        for name in parents:
+            inner = inner.setdefault(name, {})
+        inner[leaf] = value
+    return structure(RunConfig, nested)
+
+
 def to_yaml(config: Any) -> str:
     data = unstructure(config)
     as_it_is = "\x85" not in json.dumps(data, ensure_ascii=False)  # PyYAML writes this one as a line break, and reads it back as one

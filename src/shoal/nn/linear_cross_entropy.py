@@ -39,6 +39,7 @@ MATERIALISED = 1 << 31  # logits of a step that a GPU has room for: 4.3 GB in bf
 MATERIALISED_CPU = 1 << 27  # half a gigabyte, three times that with gradients
 TILES = {"cpu": (512, 1 << 19), "cuda": (1 << 20, 1 << 28)}  # rows at most, numbers: the cache of a CPU; half a gigabyte of bfloat16
 ALIGNED = {"cpu": 1, "cuda": 64}  # tokens are filled up to a multiple of it where logits are written out: at 50,257 rows of odd length halve the products' rate
+PLACES = 1 << 16  # what the half of a float32 that a bfloat16 leaves free can count
 GROUP = 32
 LOG2_E = 1 / math.log(2)
 HAS_TRITON = find_spec("triton") is not None
@@ -85,7 +86,21 @@ def _reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
     if more:
         logits = logits.masked_fill(torch.arange(num_tokens + more, device=logits.device) >= num_tokens, -torch.inf)
     nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-    return nll.view(targets.shape), logits.detach().argmax(-1).view(targets.shape)
+    packed = hidden.is_cuda and hidden.dtype == torch.bfloat16 and not softcap and logits.shape[-1] <= PLACES
+    best = _packed_argmax(logits.detach()) if packed else logits.detach().argmax(-1)
+    return nll.view(targets.shape), best.view(targets.shape)
+
+
+def _packed_argmax(x: Tensor) -> Tensor:
+    """x.argmax(-1), of equal ones the first (0.0 is above -0.0), for float32 x that are bfloat16 numbers, at most PLACES in a row.
+
+    The largest integer of those that have the value above and the place below. A reduction that carries a place beside its value is compiled to
+    several times the instructions: of a head's forward pass on one H100 a third.
+    """
+    bits = x.view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers in the order of the numbers
+    from_end = PLACES - 1 - torch.arange(x.shape[-1], device=x.device, dtype=torch.int32)
+    return PLACES - 1 - (((ordered & -PLACES) | from_end).amax(-1).long() & (PLACES - 1))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> tuple[Tensor, Tensor | None]:

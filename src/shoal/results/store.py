@@ -233,6 +233,10 @@ class Store:
     def measures(self, run: str) -> dict[str, list[dict[str, Any]]]:
         return {unquote(path.parent.name): read_json(path) for path in sorted(self.directory.glob(f"measures/*/{run}.json"))}
 
+    def measured(self, name: str) -> set[str]:
+        """The runs that have this measure."""
+        return {path.stem for path in (self.directory / "measures" / quote(name, safe="")).glob("*.json")}
+
     def rows(self) -> Rows:
         """What is there now. Metrics and measures are read when first asked for."""
         rows = []

@@ -254,6 +254,7 @@ def study(config: StudyConfig) -> Study:
             "speed": only(first, measures.speed),
             "samples": only(lambda run: first(run) and run.config.variant in WRITES, measures.samples),
         },
+        timed=["speed"],
         tables=[
             tuning.of_fresh(tables.ranking(by, BASE, counted)),
             tables.cost(tuning, by),

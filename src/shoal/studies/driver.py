@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import importlib
 import importlib.metadata
 import shutil
 import signal
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,9 @@ from typing import Any
 import torch
 
 from shoal import tasks
-from shoal.config import LanguageConfig, ModularConfig, ModuleConfig, RunConfig, SentencesConfig, StudyConfig, flatten, run_id
+from shoal.config import LanguageConfig, ModularConfig, ModuleConfig, RunConfig, SentencesConfig, flatten, run_id
 from shoal.config.fields import ConfigError, check
-from shoal.config.load import structure, unstructure
+from shoal.config.load import config_of, structure, unstructure
 from shoal.data.encoded import encoded
 from shoal.inference.evaluate import tables_of
 from shoal.inference.trained import Trained
@@ -40,7 +39,7 @@ from shoal.results.rows import Row, Rows, lower_is_better
 from shoal.results.store import Store
 from shoal.results.tables import main_key
 from shoal.results.wording import plural
-from shoal.studies import STUDIES
+from shoal.studies.measuring import measure, remade
 from shoal.studies.progress import FleetProgress
 from shoal.studies.study import Study
 from shoal.studies.workers import together
@@ -111,7 +110,7 @@ def run(
             else:
                 for _, group, _, compiled, _, name, order in jobs:
                     _complete(store, group, device, compiled, shown, name, order)
-            _measure(store, study, asked)
+            measure(store, study, asked, workers, device)
             # A stage sees the rows of the stages before it and no others, so a resumed study asks for what an uninterrupted one asks for.
             so_far = Rows([row for row in store.rows() if row["id"] in asked])
             new = {identity: config for identity, config in _wanted(study, so_far).items() if identity not in asked}
@@ -130,8 +129,7 @@ def report(directory: str | Path, study: Study | None = None) -> Path:
     """Write a study's report again from what is stored. A study defined in Python must be given for its claims and figures."""
     store = Store.read(directory)
     record = store.record
-    if study is None and record.get("settings") and record["study"] in STUDIES:
-        study = importlib.import_module(STUDIES[record["study"]]).study(structure(StudyConfig, record["settings"]))
+    study = study or remade(record)
     if study is None:
         study = _single(record["study"], record["main_metric"], record["config"]["evaluate"], [], record["config"]["task.type"] == "language")
         if record.get("claims") or record.get("figures") != [figure.name for figure in study.figures]:
@@ -184,18 +182,6 @@ def find_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device", "no CUDA device is available; use --device cpu (or auto)")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def config_of(flat: Mapping[str, Any]) -> RunConfig:
-    """The inverse of ``flatten``."""
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split(".")
-        inner = nested
-        for name in parents:
-            inner = inner.setdefault(name, {})
-        inner[leaf] = value
-    return structure(RunConfig, nested)
 
 
 def _wanted(study: Study, rows: Rows) -> dict[str, RunConfig]:
@@ -367,17 +353,6 @@ def _interruptions() -> Iterator[list[int]]:
     finally:
         for number in ours:
             signal.signal(number, signal.default_int_handler)
-
-
-def _measure(store: Store, study: Study, asked: Mapping[str, RunConfig]) -> None:
-    """What the study looks at after training, for every run that lacks it."""
-    for fleet in store.fleets():
-        for place, entry in enumerate(fleet["runs"]):
-            missing = study.measures.keys() - store.measures(entry["id"]).keys() if entry["id"] in asked else ()
-            if missing:
-                trained = checkpoint.load_run(asked[entry["id"]], place, store.fleet_directory(fleet["id"]) / "checkpoint")
-                for name in sorted(missing):
-                    store.add_measure(entry["id"], name, study.measures[name](trained))
 
 
 def _save(store: Store, fleet: Fleet, identity: str, place: Path, tables: list[Table]) -> None:

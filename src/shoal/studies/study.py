@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ class Study:
     main_metric: str  # of an evaluation, e.g. "val/accuracy": what the report leads with and what "the best run" means
     wanted: Wanted  # pure; called with all rows so far until it asks for nothing new
     measures: Mapping[str, Callable[[Run], list[dict[str, Any]]]] = field(default_factory=dict)  # after training: samples, lengths, maps
+    timed: Collection[str] = ()  # the measures whose result is a time: taken one after another, with nothing beside them
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     claims: Sequence[Claim] = ()

@@ -32,8 +32,8 @@ def together(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], workers
         todo.put(job)
     num = min(workers, len(jobs))
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    threads = max(1, torch.get_num_threads() // num)
-    processes = [context.Process(target=_worker, args=(work, todo, told, i % gpus if gpus else None, threads, os.getpid())) for i in range(num)]
+    threads, compilers = max(1, torch.get_num_threads() // num), max(1, (os.cpu_count() or 1) // num)
+    processes = [context.Process(target=_worker, args=(work, todo, told, i % gpus if gpus else None, threads, compilers, os.getpid())) for i in range(num)]
     for process in processes:
         todo.put(None)
         process.start()
@@ -67,12 +67,13 @@ def _wait(processes: Sequence[Any], told: Any) -> None:
             raise RuntimeError(f"in a worker:\n{error}")
 
 
-def _worker(work: Callable[..., None], todo: Any, told: Any, gpu: int | None, threads: int, parent: int) -> None:
+def _worker(work: Callable[..., None], todo: Any, told: Any, gpu: int | None, threads: int, compilers: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group of processes; the parent tells when to stop
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(threads)
     if gpu is not None:
         torch.cuda.set_device(gpu)  # what "cuda" then means
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(compilers))  # else every worker starts one compiler for each core
     try:
         while (job := todo.get()) is not None and os.getppid() == parent:
             work(*job)
