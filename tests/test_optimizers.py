@@ -11,7 +11,8 @@ from torch import Tensor
 
 from shoal.config import optimizers as configs
 from shoal.contracts import Optimizer, Params, State
-from shoal.train.fleet import parameter_groups
+from shoal.train.fleet import layout_groups, parameter_groups
+from shoal.train.layout import Layout
 from shoal.train.optimizers import Muon, build, clip_scale, gradient_norm, newton_schulz
 
 R = 3
@@ -256,13 +257,20 @@ def test_the_undecayed_group_is_spared(config: Any) -> None:
 
 
 def test_groups() -> None:
-    """By rank where only matrices decay, and as the model says; Muon's matrices one by one; empty groups are not there."""
+    """By rank where only matrices decay, and as the model says; Muon's matrices by shape; empty groups are not there."""
     shapes = {"up": (4, 6), "bias": (6,), "A_log": (6, 2), "down": (6, 4)}
     assert parameter_groups(configs.AdamW(), shapes, ["up"]) == {"flat": ["up", "bias", "A_log", "down"]}
     assert parameter_groups(configs.AdamW(decay="matrices"), shapes, [], ["A_log"]) == {"flat": ["up", "down"], "undecayed": ["bias", "A_log"]}
     assert parameter_groups(configs.SGD(), shapes, [], ["A_log"]) == {"flat": ["up", "bias", "down"], "undecayed": ["A_log"]}
-    muon = parameter_groups(configs.Muon(), shapes, ["up", "down"], ["A_log"])
-    assert muon == {"up": ["up"], "down": ["down"], "rest": ["bias"], "undecayed": ["A_log"]}
+    shapes["gate"] = (4, 6)
+    muon = parameter_groups(configs.Muon(), shapes, ["up", "down", "gate"], ["A_log"])
+    assert muon == {"matrices 4 x 6": ["up", "gate"], "matrices 6 x 4": ["down"], "rest": ["bias"], "undecayed": ["A_log"]}
+    layout = Layout(shapes, muon)
+    flat = torch.randn(R, layout.size)
+    groups = layout_groups(layout, flat)
+    assert groups["matrices 4 x 6"].equal(torch.stack([layout.view(flat, name) for name in ("up", "gate")], dim=1)) and groups["rest"].shape == (R, 16)
+    groups["matrices 6 x 4"].zero_()
+    assert not layout.view(flat, "down").any(), "views, with the gaps between parameters left out"
 
 
 @pytest.mark.parametrize("step", [0, 1, 1000, 1_000_000, 30_000_000])

@@ -41,7 +41,9 @@ RUNNING, FINISHED, COMPLETED, DEAD = range(4)
 STATUS = ("running", "finished", "completed", "dead")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EVALUATION_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 18}  # tokens of one piece of an evaluation: fits the cache, fills the GPU
+MATRICES = "matrices "  # how the names of groups of matrices begin
 COMPACT_EVERY = 10  # evaluations between looks at who has left
+CHAINS = {"realize_opcount_threshold": 8}  # of a compiler: a shuffle's rounds use each other thrice, and written into each other grow to 40 s of compiling
 RECOMPILE_WORTH = 20_000  # steps a smaller compiled fleet must still make: compiling takes some 20 s, halving saves a millisecond or two of each
 
 
@@ -127,7 +129,7 @@ class Fleet:
             torch.compiler.reset()  # each fleet is its own program; PyTorch keeps only a few versions of one function
         objective = OBJECTIVES[self.config.objective]
         self._objective = objective if isinstance(self.model, Encoder) else self._compiled(objective)  # a library's code is captured as it is
-        self._draw, self._update = self._compiled(faults.drawing(self.config.fault, self.task)), self._compiled(_update)
+        self._draw, self._update = self._compiled(faults.drawing(self.config.fault, self.task), CHAINS), self._compiled(_update)
         self._disturbed = self._compiled(interventions.disturbed)
         self.length: int | None = None  # what the next step's batch is padded to; None where all have one length
         self._captured_steps: dict[int | None, Captured] = {}  # by that length
@@ -289,8 +291,8 @@ class Fleet:
 
     # Smaller parts.
 
-    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, dynamic=False, fullgraph=True) if self.compile else function
+    def _compiled(self, function: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
+        return torch.compile(function, dynamic=False, fullgraph=True, options=options) if self.compile else function
 
     def _new_model(self, lead: tuple[int, ...], run: int = 0) -> models.AnyModel:
         with torch.device("meta"):  # the parameters come from elsewhere
@@ -346,7 +348,7 @@ def joined(tables: Sequence[Table]) -> Table:
 
 
 def parameter_groups(config: Any, shapes: Mapping[str, Sequence[int]], hidden_matrices: Sequence[str], undecayed: Sequence[str] = ()) -> dict[str, list[str]]:
-    """What the optimizer is handed: group name -> parameters. Muon gets its matrices one by one, Baum-Welch all tables; everything else comes as one or two
+    """What the optimizer is handed: group name -> parameters. Muon gets its matrices by shape, Baum-Welch every table; everything else comes as one or two
     vectors."""
     if isinstance(config, BaumWelch):
         return {name: [name] for name in shapes}
@@ -355,12 +357,21 @@ def parameter_groups(config: Any, shapes: Mapping[str, Sequence[int]], hidden_ma
     rest = [name for name in shapes if name not in set(matrices)]
     spared = {name for name in rest if name in set(undecayed) or (getattr(config, "decay", "all") == "matrices" and len(shapes[name]) <= 1)}
     groups = {"rest" if muon else "flat": [name for name in rest if name not in spared], "undecayed": [name for name in rest if name in spared]}
-    return {name: [name] for name in matrices} | {group: names for group, names in groups.items() if names}
+    shared: dict[str, list[str]] = {}
+    for name in matrices:
+        shared.setdefault(MATRICES + " x ".join(map(str, shapes[name])), []).append(name)
+    return shared | {group: names for group, names in groups.items() if names}
 
 
 def layout_groups(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
-    """The groups as tensors: a parameter's own view [R, in, out] where the group is that parameter, else a slice [R, P']."""
-    return {group: layout.view(flat, group) if group in layout.shapes else flat[..., a:b] for group, (a, b) in layout.groups.items()}
+    """The groups as tensors: N matrices of one shape [R, N, in, out]; a parameter's own view [R, ...], where the group has its name; else a slice [R, P']."""
+
+    def tensor(group: str, first: int, last: int) -> Tensor:
+        if group.startswith(MATRICES):
+            return layout.stack(flat, group)
+        return layout.view(flat, group) if group in layout.shapes else flat[..., first:last]
+
+    return {group: tensor(group, *ends) for group, ends in layout.groups.items()}
 
 
 def _update(

@@ -24,6 +24,7 @@ class Layout:
         self.shapes = {name: tuple(shapes[name]) for name in names}
         self.start: dict[str, int] = {}
         self.groups: dict[str, tuple[int, int]] = {}
+        self.members = {group: tuple(members) for group, members in groups.items()}
         place = 0
         for group, members in groups.items():
             first = place
@@ -37,6 +38,12 @@ class Layout:
         """The parameter [*L, ...] in ``flat`` [*L, P]."""
         shape, start = self.shapes[name], self.start[name]
         return flat[..., start : start + math.prod(shape)].view((*flat.shape[:-1], *shape))
+
+    def stack(self, flat: Tensor, group: str) -> Tensor:
+        """The parameters of a group that have one shape, [*L, N, ...] in ``flat`` [*L, P]."""
+        (first, last), names = self.groups[group], self.members[group]
+        shape = self.shapes[names[0]]
+        return flat[..., first:last].unflatten(-1, (len(names), -1))[..., : math.prod(shape)].unflatten(-1, shape)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         return {name: self.view(flat, name) for name in self.shapes}

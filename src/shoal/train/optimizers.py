@@ -18,7 +18,7 @@ No optimizer decays the group "undecayed". Not here: which parameter goes into w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +116,8 @@ class Adagrad:
 
 @dataclass(frozen=True)
 class Muon:
-    """Keller Jordan 2024 (kellerjordan.github.io/posts/muon) on every group [*L, in, out]; AdamW, with the ``adam_`` values, on groups "rest" and "undecayed".
+    """Keller Jordan 2024 (kellerjordan.github.io/posts/muon) on every group of matrices [*L, ..., in, out]; AdamW, with the ``adam_`` values, on "rest" and
+    "undecayed".
 
     A matrix moves by its momentum with all singular values made about 1, times sqrt(max(1, out / in)).
     ``dtype`` of the Newton-Schulz iteration: None = bfloat16 on CUDA (it only needs the direction), the parameters' own elsewhere.
@@ -134,30 +135,24 @@ class Muon:
         rest, matrices = _split(params)
         self.adamw.update(rest, grads, state, {name.removeprefix("adam_"): c for name, c in hyper.items() if name.startswith("adam_")}, step, alive)
 
-        directions: Params = {}
         for name, p in matrices.items():
             g, buffer = grads[name], state["momentum"][name]
             move, decay = _gate(alive, p, 1 - hyper["momentum"], hyper["lr"] * hyper["wd"])
             p.mul_(1 - decay)
             buffer.lerp_(g, move)
-            directions[name] = g.lerp(buffer, 1 - move) if self.config.nesterov else buffer
-        for name, result in on_wide(self._orthogonalised, directions).items():
-            p = matrices[name]
-            change = result * _spread(hyper["lr"] * math.sqrt(max(1, p.shape[-1] / p.shape[-2])), p)
+            change = self._orthogonalised(g.lerp(buffer, 1 - move) if self.config.nesterov else buffer)
+            change = change * _spread(hyper["lr"] * math.sqrt(max(1, p.shape[-1] / p.shape[-2])), p)
             p.sub_(torch.where(_spread(alive, p), change, 0.0))  # x - 0.0 is x, too
 
-    def _orthogonalised(self, wide: Tensor) -> Tensor:
-        return newton_schulz(wide, self.config.newton_schulz_steps, self.dtype or (torch.bfloat16 if wide.is_cuda else wide.dtype))
+    def _orthogonalised(self, direction: Tensor) -> Tensor:
+        dtype = self.dtype or (torch.bfloat16 if direction.is_cuda else direction.dtype)
+        result = newton_schulz(wide(direction), self.config.newton_schulz_steps, dtype)
+        return result if result.shape == direction.shape else result.mT
 
 
-def on_wide(function: Callable[[Tensor], Tensor], matrices: Params) -> Params:
-    """``function`` [N, *L, short, long] -> the same shape, of every matrix [*L, in, out]: at once of those that have one shape when they are wide."""
-    results: Params = {}
-    for names in _alike(matrices):
-        wide = torch.stack([_wide(matrices[name]) for name in names])  # [N, *L, short, long]
-        for name, result in zip(names, function(wide).unbind(), strict=True):
-            results[name] = result if result.shape == matrices[name].shape else result.mT
-    return results
+def wide(matrix: Tensor) -> Tensor:
+    """[..., short, long], transposed if need be: the iteration's products are then the small ones."""
+    return matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, finish: int = 0) -> Tensor:
@@ -167,7 +162,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, finish: int 
     ``finish``: further steps, which bring what is near 1 to 1.
     """
     norm = torch.linalg.matrix_norm(matrices, keepdim=True)
-    x = (matrices / norm.clamp(min=1e-7)).to(dtype).flatten(0, -3)  # [N, short, long]
+    x = (matrices / norm.clamp(min=1e-7)).to(dtype).reshape(-1, *matrices.shape[-2:])  # [N, short, long]
     for a, b, c in [NEWTON_SCHULZ] * steps + [CONVERGENT] * finish:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -230,19 +225,6 @@ def _split(params: Params) -> tuple[Params, Params]:
     """Groups "rest" and "undecayed", and the matrices."""
     vectors = ("rest", "undecayed")
     return {name: p for name, p in params.items() if name in vectors}, {name: p for name, p in params.items() if name not in vectors}
-
-
-def _wide(matrix: Tensor) -> Tensor:
-    """[..., short, long], transposed if need be: the iteration's products are then the small ones."""
-    return matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
-
-
-def _alike(matrices: Params) -> Iterable[list[str]]:
-    """The names of matrices that have one shape once they are wide, together."""
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name, matrix in matrices.items():
-        groups.setdefault(_wide(matrix).shape, []).append(name)
-    return groups.values()
 
 
 OPTIMIZERS: dict[type, Any] = {
