@@ -14,7 +14,7 @@ from shoal.config import DecoderConfig
 from shoal.contracts import Context
 from shoal.mixers import attention
 from shoal.mixers.attention import SHORT, Attention, attend
-from shoal.nn import rotate, select
+from shoal.nn import rotary, rotate, select
 
 R, B, WIDTH = 2, 3, 12
 TIMES = (5, 12)  # one for each form
@@ -69,7 +69,8 @@ def test_equals_scaled_dot_product_attention(time: int, mask: str, places: str, 
 
     q, k, v = (project(layer) for layer in (mixer.query, mixer.key, mixer.value))
     if positions == "rotary":
-        q, k = rotate(q, cells), rotate(k, cells)
+        turns = rotary(cells, q.shape[-1], 10_000)
+        q, k = rotate(q, turns), rotate(k, turns)
     q, k, v = (z.flatten(0, 1).transpose(1, 2) for z in (q, k, v))
     bias = torch.zeros(3, time, time, dtype=torch.float64)
     if positions == "alibi":  # by the places in the sequence, whatever positions are given

@@ -16,7 +16,7 @@ from shoal.config import DecoderConfig
 from shoal.config.fields import ConfigError
 from shoal.contracts import Context
 from shoal.mixers.attention import Attention
-from shoal.nn import initialise, rotate, select
+from shoal.nn import initialise, rotary, rotate, select
 
 R, B, WIDTH, V = 2, 3, 12, 11
 
@@ -41,7 +41,7 @@ def test_attention_to_everything_and_of_normal_size(time: int, at: Any, padded: 
     if qk_norm:
         q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
     if positions == "rotary":
-        q, k = (rotate(z, torch.arange(time)) for z in (q, k))
+        q, k = (rotate(z, rotary(torch.arange(time), z.shape[-1], 10_000)) for z in (q, k))
     readable = torch.eye(time, dtype=torch.bool) | (torch.ones(R, B, 1, time, dtype=torch.bool) if mask is None else mask.unsqueeze(-2))
     readable = readable & torch.ones(time, time, dtype=torch.bool).tril() if causal else readable
     mixed = F.scaled_dot_product_attention(*(z.transpose(2, 3) for z in (q, k, v)), attn_mask=readable.unsqueeze(2)).transpose(2, 3).flatten(-2)

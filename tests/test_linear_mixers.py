@@ -29,7 +29,7 @@ from shoal.mixers.aft import PAIR_STD, by_distance, earlier_mean, paired_mean
 from shoal.mixers.attention import attend
 from shoal.mixers.linear_attention import Elu, State, linear_attention
 from shoal.mixers.performer import RandomFeatures, directions, log_features
-from shoal.nn import Constant, Normal, initialise, rotate, select
+from shoal.nn import Constant, Normal, initialise, rotary, rotate, select
 from shoal.nn import running_mean as running_module
 from shoal.nn.running_mean import FLOOR, merged, running_mean, whole_mean
 
@@ -305,7 +305,7 @@ def test_random_features_are_no_parameters() -> None:
 def test_rotary_positions_turn_what_performer_compares() -> None:
     mixer, plain, x = made("performer", replace(CONFIG, positions="rotary")), made("performer"), randn(B, 9, 8)
     q, k, v = (layer(x).unflatten(-1, (H, K)) for layer in (plain.query, plain.key, plain.value))
-    q, k = (rotate(y, torch.arange(9)) for y in (q, k))
+    q, k = (rotate(y, rotary(torch.arange(9), y.shape[-1], 10_000)) for y in (q, k))
     expected, _ = linear_attention(plain.features.queries(q), plain.features.keys(k), v)
     close(mixer(x, Context())[0], plain.out(expected.flatten(-2)))
 

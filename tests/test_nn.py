@@ -31,6 +31,7 @@ from shoal.nn import (
     dropout,
     initialise,
     joint_linear,
+    rotary,
     rotate,
     select,
     sinusoidal,
@@ -136,15 +137,17 @@ def test_rotary_turns_pairs() -> None:
     x, positions = randn(R, B, T, 2, 6), torch.randint(50, (R, B, T), generator=generator(3))
     angle = positions.double()[..., None, None] / 10_000 ** (torch.arange(3, dtype=torch.float64) / 3)
     turned = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angle), angle)
-    close(rotate(x, positions), torch.cat((turned.real, turned.imag), dim=-1), 1e-5)
+    close(rotate(x, rotary(positions, 6, 10_000)), torch.cat((turned.real, turned.imag), dim=-1), 1e-5)
     slow = positions.double()[..., None, None] / 100 ** (torch.arange(3, dtype=torch.float64) / 3)
-    close(rotate(x, positions, 100.0)[..., :3], x[..., :3] * slow.cos() - x[..., 3:] * slow.sin(), 1e-5)
+    close(rotate(x, rotary(positions, 6, 100))[..., :3], x[..., :3] * slow.cos() - x[..., 3:] * slow.sin(), 1e-5)
     q, k = randn(1, 1, 6, seed=4), randn(1, 1, 6, seed=5)
-    products = [(rotate(q, torch.tensor([i])) * rotate(k, torch.tensor([j]))).sum() for i, j in ((9, 4), (30, 25), (5, 0), (9, 5))]
+    at = rotary(torch.arange(31), 6, 10_000)[:, None]
+    products = [(rotate(q, at[i]) * rotate(k, at[j])).sum() for i, j in ((9, 4), (30, 25), (5, 0), (9, 5))]
     close(products[0], products[1], 1e-5)
     close(products[0], products[2], 1e-5)
     assert abs(products[0] - products[3]) > 1e-2
-    assert rotate(x.float(), positions).dtype == torch.float32 and rotate(x.bfloat16(), positions).dtype == torch.bfloat16
+    turns = rotary(positions, 6, 10_000)
+    assert rotate(x.float(), turns).dtype == torch.float32 and rotate(x.bfloat16(), turns).dtype == torch.bfloat16
 
 
 # --- dropout

@@ -38,6 +38,7 @@ class Context(NamedTuple):
     positions: Tensor | None = None  # int64 [*L, B, T] place of each token; None = 0 .. T-1 (after the cache's, when there is one)
     at: Tensor | slice | None = None  # as Batch.at: the last block and the head run there only
     key: Tensor | None = None  # int64 [*L, B] dropout keys, one per row (so pieces of a batch draw what the whole would); None = evaluation
+    turns: Tensor | None = None  # float32 [T, K] or [*L, B, T, K] of ``shoal.nn.rotary``, once for all layers; None = a mixer that wants them makes its own
 
 
 class Sums(NamedTuple):

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from shoal.config.fields import ConfigError
 from shoal.config.models import DecoderConfig
 from shoal.contracts import Context
-from shoal.nn import Linear, alibi_slopes, joint_linear, rotate, select
+from shoal.nn import Linear, alibi_slopes, joint_linear, rotary, rotate, select
 from shoal.nn.fused_attention import fused_attention
 from shoal.nn.init import Distribution
 
@@ -86,10 +86,7 @@ class Attention(nn.Module):
 
         new = torch.arange(x.shape[-2], device=x.device)
         if self.rotary_base is not None:
-            given = context.positions
-            positions = given if given is not None else new if cache is None else new + cache.used
-            k = rotate(k, positions, self.rotary_base)
-            q = rotate(q, _there(positions, context.at) if given is None else select(positions.unsqueeze(-1), context.at).squeeze(-1), self.rotary_base)
+            q, k = turned(q, k, context, context.at, new if cache is None else new + cache.used, self.rotary_base)
 
         mask, plain = context.mask, context.mask is None and cache is None and (context.at is None or not self.causal)
         if cache is not None:
@@ -194,6 +191,15 @@ def aligned(width: int, added: int) -> int:
 def real(k: Tensor, mask: Tensor | None) -> Tensor:
     """The mask, bool [*L, B, T]; without one, that of keys [*L, B, T, H, K] which are all real."""
     return torch.ones(k.shape[:-2], dtype=torch.bool, device=k.device) if mask is None else mask
+
+
+def turned(q: Tensor, k: Tensor, context: Context, at: Tensor | slice | None, positions: Tensor, base: float) -> tuple[Tensor, Tensor]:
+    """Queries [*L, B, S, H, K] at the positions ``at``, and keys [*L, B, T, H, K], turned; ``positions`` int64 [T], unless the context has others."""
+    turns = context.turns
+    if turns is None:
+        turns = rotary(positions if context.positions is None else context.positions, k.shape[-1], base)
+    there = turns if at is None else select(turns.expand(*k.shape[:-2], -1), at)
+    return rotate(q, there), rotate(k, turns)
 
 
 def _there(cell: Tensor, at: Tensor | slice | None) -> Tensor:

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from shoal.config.models import DecoderConfig
 from shoal.contracts import Context
-from shoal.nn import Linear, joint_linear, rotate, select
+from shoal.mixers.attention import turned
+from shoal.nn import Linear, joint_linear, select
 from shoal.nn.init import Distribution
 
 CHUNK = 128  # on one CPU core with 4 heads of 32: at 100 positions one piece takes half to 0.8 of the time of two of 64, at 2,048 either takes as long
@@ -90,11 +91,8 @@ class LinearAttention(nn.Module):
             k, v = joint_linear(x, [self.key, self.value])
         q, k, v = (y.unflatten(-1, (self.num_heads, self.head_width)) for y in (q, k, v))  # [*L, B, T, H, K]
         if self.rotary_base is not None:
-            positions = context.positions
-            if positions is None:
-                positions = torch.arange(x.shape[-2], device=x.device) + (0 if cache is None else cache.used)
-            k = rotate(k, positions, self.rotary_base)
-            q = rotate(q, select(positions.expand(x.shape[:-1]).unsqueeze(-1), at).squeeze(-1), self.rotary_base)
+            positions = torch.arange(x.shape[-2], device=x.device) + (0 if cache is None else cache.used)
+            q, k = turned(q, k, context, at, positions, self.rotary_base)
         q, k = self.features.queries(q), self.features.keys(k)
         if context.mask is not None:  # no weight in any sum
             k = k.masked_fill(~context.mask[..., None, None], 0)

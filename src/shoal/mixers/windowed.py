@@ -27,7 +27,7 @@ class Windowed(Attention):
         """x [*L, B, T, D] -> [*L, B, S, D]."""
         if not self._in_blocks(_scored(x.shape[-2], context.at)):
             return super().forward(x, context, cache)
-        q, k, v, places, cache = self.read(x, Context(context.mask, context.positions, None, context.key), cache)
+        q, k, v, places, cache = self.read(x, context._replace(at=None), cache)
         return self.out(select(self._blocks(q, k, v, places.mask).flatten(-2), context.at)), cache
 
     def _in_blocks(self, scored: int) -> bool:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from shoal import mixers
 from shoal.config.models import DecoderConfig
 from shoal.contracts import Context
-from shoal.nn import Constant, Embedding, LayerNorm, Linear, Normal, RMSNorm, Uniform, UnitEmbedding, dropout, linear, select, sinusoidal
+from shoal.nn import Constant, Embedding, LayerNorm, Linear, Normal, RMSNorm, Uniform, UnitEmbedding, dropout, linear, rotary, select, sinusoidal
 from shoal.nn.init import Distribution
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "relu2": lambda x: F.relu(x).square()}
@@ -74,6 +74,13 @@ def _norm(config: DecoderConfig, lead: tuple[int, ...]) -> nn.Module:
     return {"layer": LayerNorm, "rms": RMSNorm}[config.norm](config.width, lead=lead)
 
 
+def _positions(tokens: Tensor, context: Context, cache: Cache | None) -> Tensor:
+    """int64 [T] or [*L, B, T]: where these tokens stand."""
+    if context.positions is not None:
+        return context.positions
+    return torch.arange(tokens.shape[-1], device=tokens.device) + (0 if cache is None else cache.used)
+
+
 class Decoder(nn.Module):
     rate: Tensor | None  # float32 [*L] dropout; None when no run drops anything
 
@@ -91,7 +98,10 @@ class Decoder(nn.Module):
         """int64 [*L, B, T] -> hidden [*L, B, S, D] and the cache after these tokens."""
         x = self.embedding(tokens) + self._position_vectors(tokens, context, cache)
         x = dropout(x, context.key, self.rate, 0)
-        caches, everywhere = [], Context(context.mask, context.positions, None, context.key)
+        if self.config.positions == "rotary":
+            turns = rotary(_positions(tokens, context, cache), self.config.width // self.config.num_heads, self.config.rotary_base)
+            context = context._replace(turns=turns)
+        caches, everywhere = [], context._replace(at=None)
         for index, block in enumerate(self.blocks):
             last = index == len(self.blocks) - 1
             x, block_cache = block(x, context if last else everywhere, self.rate, None if cache is None else cache.blocks[index])
@@ -117,9 +127,7 @@ class Decoder(nn.Module):
             return 0.0
         if self.position is not None and context.positions is None and cache is None:
             return self.position.weight[..., :time, :].unsqueeze(-3)
-        positions = context.positions
-        if positions is None:
-            positions = torch.arange(time, device=tokens.device) + (0 if cache is None else cache.used)
+        positions = _positions(tokens, context, cache)
         if self.position is not None:
             return self.position(positions.expand(tokens.shape))
         return sinusoidal(positions, self.config.width).to(self.embedding.weight.dtype)

@@ -4,7 +4,7 @@ from shoal.nn.convolution import short_convolution
 from shoal.nn.dropout import dropout
 from shoal.nn.init import Constant, Given, Normal, Uniform, initialise
 from shoal.nn.layers import Embedding, LayerNorm, Linear, RMSNorm, UnitEmbedding, joint_linear, linear, select
-from shoal.nn.positions import alibi_slopes, rotate, sinusoidal
+from shoal.nn.positions import alibi_slopes, rotary, rotate, sinusoidal
 from shoal.nn.scan import selective_scan
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "initialise",
     "joint_linear",
     "linear",
+    "rotary",
     "rotate",
     "select",
     "selective_scan",
