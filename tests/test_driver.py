@@ -433,6 +433,31 @@ def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert row["status"] == other["status"] and row["final.val/loss"] == pytest.approx(other["final.val/loss"], rel=1e-5)
 
 
+def test_memory_that_others_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside other workers a fleet waits for a quarter of the GPU and is not halved; where none of it becomes free, it is."""
+    advance = Fleet.advance
+    monkeypatch.setattr(driver.multiprocessing, "parent_process", lambda: "the study's")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(driver.time, "sleep", lambda seconds: None)
+    for name, free, sizes in (("waits", [10, 10, 30, 40], [3]), ("alone", [90], [1, 2]), ("in vain", [10, 10], [1, 2])):
+        left = list(free)
+
+        def memory(left: list[int] = left) -> tuple[int, int]:
+            return (left.pop(0) if len(left) > 1 else left[0]), 100
+
+        def small(fleet: Fleet, steps: int, left: list[int] = left) -> Any:
+            if len(fleet.runs) > 2 and left[0] != 40:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+            return advance(fleet, steps)
+
+        monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+        monkeypatch.setattr(driver, "PATIENCE", 0.01 if name == "in vain" else 600)
+        monkeypatch.setattr(Fleet, "advance", small)
+        shoal.run(study_of(shoal.grid(RUN, seeds=3)), tmp_path / name)
+        assert [len(fleet["runs"]) for fleet in Store.read(tmp_path / name).fleets()] == sizes
+        assert ("waiting for memory that other fleets on this GPU hold" in capsys.readouterr().err) == (name != "alone")
+
+
 def test_another_error_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fleet, "advance", fails_at(1, Fleet.advance, RuntimeError))
     with pytest.raises(RuntimeError):

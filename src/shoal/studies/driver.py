@@ -9,13 +9,14 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib.metadata
+import multiprocessing
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,9 @@ from shoal.train.run import Run
 
 CHECKPOINT_EVERY = 60.0  # seconds of training that a crash may cost ...
 CHECKPOINT_SHARE = 0.05  # ... or more, where writing checkpoints would take a larger share of the time: three tables of all pairs of 17,000 tokens are 11 GB
+NO_WORKSPACE = "CUBLAS_STATUS_ALLOC_FAILED"  # how a GPU that is all but full may be told, too
+CROWDED = 0.7  # of a GPU's memory: where less is free when a fleet fails for want of it, its neighbours have the rest
+PATIENCE = 600.0  # seconds that a fleet waits for them
 CHUNK_SECONDS = 0.5  # aimed at between two looks at the progress line
 LARGEST_FLEET = 1024
 COMPILE = {"auto": None, "on": True, "off": False}
@@ -261,6 +265,8 @@ def _train(
         store.truncate(identity, extra["parts"])
     else:
         begun = _begin(runs, device, compiled, pieces)
+        if begun is None and _others_leave(lambda: shown.note(f"{name}: waiting for memory that other fleets on this GPU hold")):
+            begun = _begin(runs, device, compiled, pieces)
         if begun is None and len(runs) == 1:
             return _accumulate(store, runs, device, compiled, shown, name, order, pieces)
         if begun is None:
@@ -297,7 +303,7 @@ def _begin(runs: Sequence[RunConfig], device: str, compiled: bool | None, pieces
         return fleet, fleet.advance(1)
     except RuntimeError as error:
         cause: BaseException | None = error  # what ends a capture may fail in its turn and stand before the reason
-        while not isinstance(cause, torch.OutOfMemoryError):
+        while not (isinstance(cause, torch.OutOfMemoryError) or NO_WORKSPACE in str(cause)):
             if cause is None:
                 if isinstance(runs[0].model, ModuleConfig):
                     raise failed(runs[0].model, error) from error
@@ -321,6 +327,20 @@ def _accumulate(
 def _free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def _others_leave(tell: Callable[[], None]) -> bool:
+    """In a worker whose GPU others fill: wait until a quarter more of it is free than now, which is too little. False where none becomes free."""
+    if multiprocessing.parent_process() is None:
+        return False
+    _free()
+    (free, total), began = torch.cuda.mem_get_info(), time.perf_counter()
+    if free > CROWDED * total:
+        return False
+    tell()
+    while (now := torch.cuda.mem_get_info()[0]) < free + total / 4 and time.perf_counter() - began < PATIENCE:
+        time.sleep(1)
+    return now > free
 
 
 def _halve(store: Store, runs: Sequence[RunConfig], device: str, compiled: bool | None, shown: FleetProgress, name: str, order: tuple[int, ...]) -> None:

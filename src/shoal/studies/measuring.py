@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shoal.config import StudyConfig
 from shoal.config.load import config_of, structure
 from shoal.results.store import Store
@@ -20,6 +22,8 @@ from shoal.studies import STUDIES
 from shoal.studies.study import Study
 from shoal.studies.workers import together
 from shoal.train import checkpoint
+
+PER_GPU = 4  # workers: a measure may fill a GPU with the logits of as many tokens as a single process has room for
 
 
 def remade(record: Mapping[str, Any]) -> Study | None:
@@ -36,7 +40,7 @@ def measure(store: Store, study: Study, asked: Collection[str], workers: int, de
         names = study.measures.keys() - set(study.timed)
         jobs = [(store.directory, fleet, ids, names) for fleet, ids in _lacking(store, names, asked)]
         if len(jobs) > 1:
-            together(_measure_apart, jobs, workers, device)
+            together(_measure_apart, jobs, min(workers, PER_GPU * torch.cuda.device_count()) if device == "cuda" else workers, device)
     for fleet, ids in _lacking(store, study.measures.keys(), asked):
         _measure(store, study, fleet, ids, study.measures.keys())
 
