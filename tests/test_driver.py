@@ -25,7 +25,7 @@ from shoal.config import AdamW, EmbeddingMLPConfig, MemorizeConfig, ModularConfi
 from shoal.config.fields import ConfigError
 from shoal.results import Store
 from shoal.studies import driver, progress
-from shoal.studies.study import Study
+from shoal.studies.study import Only, Study
 from shoal.train import checkpoint
 from shoal.train.fleet import Fleet
 
@@ -396,6 +396,16 @@ def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: tuple[l
         shoal.run(staged([]), tmp_path, progress=False, max_runs_per_fleet=2)
     shoal.run(staged(seen := []), tmp_path, progress=False, max_runs_per_fleet=2)
     assert (seen, facts(tmp_path)) == stages
+
+
+def test_runs_that_a_measure_does_not_ask_for_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[int] = []
+    load = checkpoint.load_run
+    monkeypatch.setattr(checkpoint, "load_run", lambda config, *where: loaded.append(config.seeds.split) or load(config, *where))
+    measures = {"of one": Only(lambda run: [{"split": run.config.seeds.split}], lambda config: config.seeds.split == 1)}
+    result = shoal.run(study_of(shoal.grid(RUN, seeds=3), measures=measures), tmp_path, progress=False)
+    assert loaded == [1]
+    assert [row["measures"]["of one"] for row in result.rows] == [[], [{"split": 1}], []]
 
 
 # --- fleets

@@ -1,7 +1,7 @@
 """What the study of attention's variants looks at after training: loss by position to beyond the windows of training, what a model has from tokens that are
 still to come, how much weight goes there, speed, samples.
 
-    Study(..., measures={"beyond": reported(tuning, beyond), "leak": leak})
+    Study(..., measures={"beyond": tuning.measure(beyond), "leak": leak})
 
 Not here: which runs are asked (``attention_variants``), tables and figures of it (``attention_tables``).
 """
@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from shoal.config import LanguageConfig
@@ -169,8 +169,3 @@ def _data(config: LanguageConfig, seed: int, device: str) -> tuple[LanguageTask,
 
     task = LanguageTask(config)
     return task, task.setup({"split_seed": [seed]}, device)
-
-
-def only(asked: Callable[[Run], bool], measure: Callable[[Run], list[dict[str, Any]]]) -> Callable[[Run], list[dict[str, Any]]]:
-    """The same measure of the runs that are asked for, and nothing of the others."""
-    return lambda run: measure(run) if asked(run) else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shoal.config import AdamW, DecoderConfig, LanguageConfig, RunConfig, Schedule, StudyConfig, flatten, with_values
 from shoal.results.claims import Claim, Sample
@@ -15,14 +15,11 @@ from shoal.results.profiles import profile
 from shoal.results.rows import Row, Rows
 from shoal.studies import attention_measures as measures
 from shoal.studies import attention_tables as tables
-from shoal.studies.attention_measures import OTHER, PREFIX, TRAINED, only
+from shoal.studies.attention_measures import OTHER, PREFIX, TRAINED
 from shoal.studies.attention_tables import by_seed, nats_beyond, nats_given
-from shoal.studies.language import LOSS, TIE, by_loss, losses, lower, pairs, reported, training
+from shoal.studies.language import LOSS, TIE, by_loss, losses, lower, pairs, training
 from shoal.studies.study import Study, about, cells
 from shoal.studies.tuning import Tuning, of, without
-
-if TYPE_CHECKING:
-    from shoal.train.run import Run
 
 LR = "optimizer.lr"
 TUNING = 1000  # the seed of the tuning
@@ -229,11 +226,8 @@ def study(config: StudyConfig) -> Study:
     others = cells(replace(config, variants={}, grid=kept))
     by: Sequence[str] = ["variant", *others[0]]
 
-    def asked(names: Sequence[str]) -> Any:
-        return lambda run: run.config.variant in names and run.config.seeds.split not in tuning.seeds
-
-    def first(run: Run) -> bool:
-        return run.config.seeds.split == config.first_seed
+    def first(run: RunConfig) -> bool:
+        return run.seeds.split == config.first_seed
 
     shown = of(lambda rows: Rows([row for row in tuning.fresh(rows) if row["variant"] in DRAWN]), profile(
         "beyond", "position", "nats", line="variant", by=by, marks={"trained at": lambda row: row["task.length"]},
@@ -247,12 +241,12 @@ def study(config: StudyConfig) -> Study:
         config=config,
         wanted=lambda rows: wanted(config, tuning, rows),
         measures={
-            "pairs": reported(tuning, pairs),
-            "beyond": reported(tuning, measures.beyond),
-            "leak": only(asked(LEAKS), measures.leak),
-            "lost": only(asked((ZEROED,)), measures.lost),
-            "speed": only(first, measures.speed),
-            "samples": only(lambda run: first(run) and run.config.variant in WRITES, measures.samples),
+            "pairs": tuning.measure(pairs),
+            "beyond": tuning.measure(measures.beyond),
+            "leak": tuning.measure(measures.leak, lambda run: run.variant in LEAKS),
+            "lost": tuning.measure(measures.lost, lambda run: run.variant == ZEROED),
+            "speed": tuning.measure(measures.speed, first),
+            "samples": tuning.measure(measures.samples, lambda run: first(run) and run.variant in WRITES),
         },
         timed=["speed"],
         tables=[

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,6 @@ from shoal.results.wording import number
 from shoal.studies import finetune_report as shown
 from shoal.studies.study import Study, about, cells
 from shoal.studies.tuning import Tuning
-
-if TYPE_CHECKING:
-    from shoal.train.run import Run
-
-    Measure = Callable[[Run], list[dict[str, Any]]]
 
 VAL, TUNED, DEFAULTS = shown.VALIDATION, "tuned", "at the defaults"
 TUNING_SEEDS = (1000,)  # never those that are reported
@@ -138,11 +133,6 @@ def _best(config: StudyConfig, group: Sequence[tuple[dict[str, Any], RunConfig]]
     return replace(run, steps=int(steps[values.argmax()])) if constant and steps.size and "steps" not in config.grid else run
 
 
-def _of_fresh(measure: Measure, first: int | None = None) -> Measure:
-    """The same measure of the runs that are reported, so that the test is looked at once; of one seed alone if that is said."""
-    return lambda run: [] if run.config.seeds.split in TUNING.seeds or first not in (None, run.config.seeds.split) else measure(run)
-
-
 def _test(rows: Rows, cell: Mapping[str, Any], variant: str) -> NDArray[np.float64]:
     """[n] test accuracies, in the order of the seeds."""
     return shown.tests(TUNING.fresh(rows).where({**cell, "variant": variant}))
@@ -189,7 +179,6 @@ def study(config: StudyConfig) -> Study:
     others = cells(replace(config, variants={}))
     names = list(dict.fromkeys(map(group_of, config.variants))) or [group_of(config.run.variant)]
     by = [*(["variant"] if config.variants else []), *others[0]]
-    once = config.first_seed
     return Study(
         name="finetune",
         question=__doc__ or "",
@@ -197,10 +186,10 @@ def study(config: StudyConfig) -> Study:
         config=config,
         wanted=lambda rows: wanted(config, rows),
         measures={
-            "test": _of_fresh(tested.accuracy),
-            "baselines": _of_fresh(tested.beside),
-            "confusion": _of_fresh(tested.confusion),
-            "mistakes": _of_fresh(tested.mistakes, once),
+            "test": TUNING.measure(tested.accuracy),  # which is so looked at once
+            "baselines": TUNING.measure(tested.beside),
+            "confusion": TUNING.measure(tested.confusion),
+            "mistakes": TUNING.measure(tested.mistakes, lambda run: run.seeds.split == config.first_seed),
         },
         tables=[
             TUNING.of_fresh(shown.results(by)),

@@ -16,7 +16,7 @@ from shoal.results.perplexity import perplexities
 from shoal.results.rows import Row, Rows
 from shoal.results.tables import Table
 from shoal.results.wording import number
-from shoal.studies.language import LOSS, by_loss, lower, pairs, reported
+from shoal.studies.language import LOSS, by_loss, lower, pairs
 from shoal.studies.study import Study, about, cells
 from shoal.studies.tuning import Tuning, of
 
@@ -178,7 +178,7 @@ def study(config: StudyConfig) -> Study:
         main_metric=LOSS,
         config=config,
         wanted=lambda rows: TUNING.wanted(config, rows),
-        measures={"pairs": reported(TUNING, pairs), "final configuration": partial(final, seed=config.first_seed)},
+        measures={"pairs": TUNING.measure(pairs), "final configuration": TUNING.measure(partial(final, seed=config.first_seed))},
         tables=[
             TUNING.of_fresh(perplexities(by)),
             Table("candidates", candidates, "The best of each kind, and what came next to them, each at its best learning rate on the tuning seeds."),

@@ -18,7 +18,7 @@ from shoal.results.perplexity import perplexities
 from shoal.results.rows import Rows
 from shoal.results.tables import Table
 from shoal.results.wording import number, plural, setting
-from shoal.studies.language import LOSS, by_loss, losses, lower, pairs, parsed, parsing, reported, samples
+from shoal.studies.language import LOSS, by_loss, losses, lower, pairs, parsed, parsing, samples
 from shoal.studies.study import Study, about, cells
 from shoal.studies.tuning import Tuning, edges, of
 
@@ -219,7 +219,7 @@ def study(config: StudyConfig) -> Study:
         main_metric=LOSS,
         config=config,
         wanted=lambda rows: tuning.wanted(config, rows),
-        measures={"pairs": reported(tuning, pairs), "parsed": reported(tuning, parsed), "samples": partial(samples, seed=config.first_seed)},
+        measures={"pairs": tuning.measure(pairs), "parsed": tuning.measure(parsed), "samples": tuning.measure(partial(samples, seed=config.first_seed))},
         figures=[
             tuning.of_fresh(spent(by)),
             tuning.of_fresh(curves(LOSS, by=by, name="fresh", caption="Validation loss of fresh seeds at the chosen learning rate: median and range.")),

@@ -27,10 +27,7 @@ from shoal.results.tables import Table
 from shoal.results.wording import setting
 
 if TYPE_CHECKING:
-    from shoal.studies.tuning import Tuning
     from shoal.train.run import Run
-
-    Measure = Callable[[Run], list[dict[str, Any]]]
 
 LOSS = "val/loss"
 TIE = 1e-3  # nats: a smaller difference of two losses is none
@@ -184,8 +181,3 @@ def _pairs(config: LanguageConfig, seed: int) -> float:
 
     task = LanguageTask(config)  # built again: a run's own may hold its tokenizer alone
     return task.bigram_nats(task.setup({"split_seed": [seed]}, "cpu"), 0)
-
-
-def reported(tuning: Tuning, measure: Measure) -> Measure:
-    """The same measure of the runs that are reported, and nothing of the others."""
-    return lambda run: [] if run.config.seeds.split in tuning.seeds else measure(run)

@@ -19,7 +19,7 @@ from shoal.config import StudyConfig
 from shoal.config.load import config_of, structure
 from shoal.results.store import Store
 from shoal.studies import STUDIES
-from shoal.studies.study import Study
+from shoal.studies.study import Only, Study
 from shoal.studies.workers import together
 from shoal.train import checkpoint
 
@@ -65,7 +65,11 @@ def _measure(store: Store, study: Study, fleet: str, runs: Collection[str], name
     (record,) = (one for one in store.fleets() if one["id"] == fleet)
     for place, entry in enumerate(record["runs"]):
         missing = set(names) - store.measures(entry["id"]).keys() if entry["id"] in runs else ()
-        if missing:
-            trained = checkpoint.load_run(config_of(entry["config"]), place, store.fleet_directory(fleet) / "checkpoint")
-            for name in sorted(missing):
-                store.add_measure(entry["id"], name, study.measures[name](trained))
+        config, trained = config_of(entry["config"]), None
+        for name in sorted(missing):
+            measure = study.measures[name]
+            if isinstance(measure, Only) and not measure.asked(config):
+                store.add_measure(entry["id"], name, [])
+                continue
+            trained = trained or checkpoint.load_run(config, place, store.fleet_directory(fleet) / "checkpoint")
+            store.add_measure(entry["id"], name, measure(trained))

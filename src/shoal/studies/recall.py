@@ -28,7 +28,7 @@ from shoal.results.wording import setting
 from shoal.studies import recall_tables
 from shoal.studies.recall_tables import LR, METRIC, SEED, SOLVED, Published, accuracy, published_table
 from shoal.studies.shared import matching, sooner
-from shoal.studies.study import Study, about, cells
+from shoal.studies.study import Measure, Study, about, cells
 from shoal.studies.tuning import Tuning, of, without
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Recall:
 
     def study(
         self, name: str, question: str | None, claims: Sequence[Claim], *, published: Sequence[Published] = (), tables: Sequence[Table] = (),
-        figures: Sequence[Figure] = (), measures: Mapping[str, Callable[[Run], list[dict[str, Any]]]] | None = None,
+        figures: Sequence[Figure] = (), measures: Mapping[str, Measure] | None = None,
     ) -> Study:  # fmt: skip
         """``tables``, ``figures`` and ``measures``: the study's own, of the fresh runs."""
         by, of_fresh = list(self.cells()[0]), self.tuning.of_fresh
@@ -173,15 +173,11 @@ class Recall:
             main_metric=METRIC,
             config=self.config,
             wanted=lambda rows: self.tuning.wanted(self.config, rows),
-            measures={name: self._of_reported(of) for name, of in {"lengths": self._lengths, **(measures or {})}.items()},
+            measures={name: self.tuning.measure(of) for name, of in {"lengths": self._lengths, **(measures or {})}.items()},
             figures=[of_fresh(self._profile(by)), *map(of_fresh, figures), *self._training()],
             tables=[*map(of_fresh, tables), recall_tables.chosen(self.tuning, by), *map(of_fresh, last)],
             claims=claims,
         )
-
-    def _of_reported(self, measure: Callable[[Run], list[dict[str, Any]]]) -> Callable[[Run], list[dict[str, Any]]]:
-        """Nothing of the tuning's runs."""
-        return lambda run: [] if run.config.seeds.split in self.tuning.seeds else measure(run)
 
     def _lengths(self, run: Run) -> list[dict[str, Any]]:
         """Accuracy at other lengths."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from shoal.train.run import Run
 
 Wanted = Callable[[Rows], Sequence[RunConfig]]
+Measure = Callable[["Run"], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,23 @@ class Study:
     question: str
     main_metric: str  # of an evaluation, e.g. "val/accuracy": what the report leads with and what "the best run" means
     wanted: Wanted  # pure; called with all rows so far until it asks for nothing new
-    measures: Mapping[str, Callable[[Run], list[dict[str, Any]]]] = field(default_factory=dict)  # after training: samples, lengths, maps
+    measures: Mapping[str, Measure] = field(default_factory=dict)  # after training: samples, lengths, maps
     timed: Collection[str] = ()  # the measures whose result is a time: taken one after another, with nothing beside them
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     claims: Sequence[Claim] = ()
     config: StudyConfig | None = None  # the fields it was made from, where it has any: `shoal report` makes it again from them
+
+
+@dataclass(frozen=True)
+class Only:
+    """A measure of the runs that are asked for. The others have no rows of it, and are not loaded for it."""
+
+    measure: Measure
+    asked: Callable[[RunConfig], bool]
+
+    def __call__(self, run: Run) -> list[dict[str, Any]]:
+        return self.measure(run) if self.asked(run.config) else []
 
 
 def grid(run: RunConfig, values: Mapping[str, Sequence[Any]] | None = None, *, seeds: int = 3, first_seed: int = 0) -> Wanted:

@@ -15,6 +15,7 @@ from shoal.config.fields import check
 from shoal.results.figures import Figure
 from shoal.results.rows import Rows, row_key
 from shoal.results.tables import Table
+from shoal.studies.study import Measure, Only
 
 Drawn = TypeVar("Drawn", Figure, Table)
 Told = dict[str, Any]  # what tells a setting apart, as StudyConfig.settings gives it: dotted path -> value
@@ -62,6 +63,10 @@ class Tuning:
         """What a setting is called by its runs on the tuning seeds."""
         there = {path: min(told[path], max(2, round(self.share * told[path]))) for path in ("steps", row_key("steps")) if path in told}
         return {**told, **there, **({"variant": told["variant"] + self.suffix} if "variant" in told else {})}
+
+    def measure(self, measure: Measure, asked: Callable[[RunConfig], bool] = lambda config: True) -> Only:
+        """The same measure of the fresh runs alone; of those of them that are asked for."""
+        return Only(measure, lambda config: config.seeds.split not in self.seeds and asked(config))
 
     def of_fresh(self, drawn: Drawn) -> Drawn:
         """The same figure or table of the fresh runs alone."""
