@@ -18,13 +18,15 @@ from shoal.results.perplexity import exponential
 from shoal.results.rows import Row, Rows
 from shoal.results.statistics import Estimate
 from shoal.results.tables import Table
-from shoal.results.wording import setting
+from shoal.results.wording import number, setting
 from shoal.studies.attention_measures import OTHER, PREFIX, TRAINED
 from shoal.studies.language import LOSS, by_loss, losses, training
 from shoal.studies.shared import matching
 from shoal.studies.tuning import Tuning, edges
 
 LR, SEED = "optimizer.lr", "seeds.split"
+FAR, NEAR = 1.0, 0.1  # nats
+TICKS = [sign * x for sign in (-1, 1) for x in (0.05, 0.1, 0.3, 1.0, 3.0)] + [0.0]
 
 
 def by_seed(rows: Rows) -> Rows:
@@ -191,10 +193,17 @@ def differences(by: Sequence[str], base: str) -> Figure:
         axis.set_yticks(range(len(shown)), [name for name, _, _ in shown])
         axis.set_ylim(len(shown) - 0.4, -0.6)
         axis.grid(axis="y", visible=False)
+        if max(abs(estimate.value) for _, estimate, _ in shown) > FAR:
+            axis.set_xscale("symlog", linthresh=NEAR, linscale=2)
+            low, high = axis.get_xlim()
+            ticks = [x for x in TICKS if low <= x <= high]
+            axis.set_xticks(ticks, list(map(number, ticks)))
+            axis.minorticks_off()
         axis.set_xlabel(f"validation loss less that of {base} (nats per token), n = {shown[0][2]}")
         return drawing
 
-    return Figure("differences", draw, f"Validation loss less that of “{base}”, seed by seed: mean and t interval; better ones to the left.")
+    told = f"Validation loss less that of “{base}”, seed by seed: mean and t interval; better ones to the left."
+    return Figure("differences", draw, f"{told} Where one is more than {FAR:g} nats away, the axis is logarithmic beyond {NEAR:g}.")
 
 
 def lost() -> Figure:
