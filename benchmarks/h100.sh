@@ -58,9 +58,9 @@ language() {
 
 attention() {
     "$PYTHON" -W ignore benchmarks/linear_attention.py
-    "$PYTHON" -W ignore benchmarks/linear_attention.py --compile
+    "$PYTHON" -W ignore benchmarks/linear_attention.py --device cuda --compile
     timeout 300 "$PYTHON" -m pytest -q -m gpu tests/gpu/test_variants_gpu.py
-    study 900 attention-variants attention-variants --preset full --workers 12
+    study 1200 attention-variants attention-variants --preset full --workers 31
 }
 
 finetune() {

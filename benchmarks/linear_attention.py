@@ -123,6 +123,7 @@ def errors(scale: float, length: int = 100) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="both, where there are both")
     parser.add_argument("--lengths", type=int, nargs="*")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--compile", action="store_true")
@@ -139,7 +140,7 @@ def main() -> None:
         return
     keep_freed_memory()  # as a fleet does
     torch.manual_seed(0)
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    for device in (args.device,) if args.device else ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         times(device, args.lengths or LENGTHS[device], args.repeats, args.compile)
 
 

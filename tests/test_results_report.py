@@ -383,6 +383,14 @@ def test_a_studys_own_tables(tmp_path: Path) -> None:
     assert "\n\n\n\n" not in text
 
 
+def test_settings_with_most_runs_come_first(tmp_path: Path) -> None:
+    """What was tried on a seed or two stands behind what it was tried for."""
+    tried = override(StudyConfig(run=base(), grid={"optimizer.lr": [1e-4, 1e-3]}, seeds=1), {}).runs()
+    chosen = override(StudyConfig(run=base(), variants={"chosen": {"optimizer.lr": 1e-3}}, seeds=3), {}).runs()
+    _, rows = invented(tmp_path, [(run, 500.0) for run in (*tried, *chosen)])
+    assert [(line["n"], line["setting"]["optimizer.lr"]) for line in tables.results(rows, "val/accuracy")] == [(3, 1e-3), (1, 1e-4), (1, 1e-3)]
+
+
 def test_variants_are_told_by_what_they_change(tmp_path: Path) -> None:
     """In the study's order; the set-up is the first one's, and each other one's changes stand by its name, though it has another optimizer."""
     changes: dict[str, dict[str, Any]] = {

@@ -55,7 +55,7 @@ def possible(metric: str) -> tuple[float, float]:
 
 def results(rows: Rows, main_metric: str) -> list[dict[str, Any]]:
     """Per setting: "setting" (dict), "label", "n", "status" (counts), "mean", "median" of the main metric over the runs that have it,
-    and, where there is a stop rule, "share" that reached it, "time" to it (Estimates)."""
+    and, where there is a stop rule, "share" that reached it, "time" to it (Estimates). Settings with most runs first: what others were tried for."""
     key, _ = main_key(main_metric)
     low, high = possible(key)
     table = []
@@ -68,7 +68,7 @@ def results(rows: Rows, main_metric: str) -> list[dict[str, Any]]:
             times, observed = part.reached(part[0]["stop_metric"], part[0]["stop_at"], part[0]["stop_evaluations"])
             line |= {"share": statistics.proportion(int(observed.sum()), len(part)), "time": statistics.survival_median(times, observed)}
         table.append(line)
-    return table
+    return sorted(table, key=lambda line: -line["n"])
 
 
 def own(table: Table, rows: Rows) -> dict[str, Any]:
