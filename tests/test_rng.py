@@ -100,6 +100,15 @@ def test_uniform_floats() -> None:
     assert torch.equal(draws * 2**24, (draws * 2**24).round())  # exact in float32, so equal on every device
 
 
+def test_quarters_are_the_words_cut_in_four_from_their_low_end() -> None:
+    draws = rng.quarters(many_keys(400), 202)
+    assert draws.dtype == torch.int16 and draws.shape == (400, 202)
+    for lane in range(4):
+        assert_uniform((draws[:, lane:200:4].long() + 2**15) >> 8, 256)
+    words = [value % 2**64 for value in rng.bits(many_keys(400)[7], 51).tolist()]
+    assert [value % 2**16 for value in draws[7].tolist()] == [word >> 16 * lane & 0xFFFF for word in words for lane in range(4)][:202]
+
+
 def images(shuffle: str, keys: Tensor, index: list[int], n: int) -> Tensor:
     """[num keys, len(index)]: where each key's permutation sends the indices."""
     if shuffle == "permutation":
@@ -170,6 +179,7 @@ def test_shuffled_n_per_run_and_epoch_in_the_key() -> None:
 DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "bits": lambda keys: rng.bits(keys, 50),
     "uniform": lambda keys: rng.uniform(keys, 50),
+    "quarters": lambda keys: rng.quarters(keys, 50),  # not a multiple of four
     "randint": lambda keys: rng.randint(keys, 50, 97),
     "permutation": lambda keys: rng.permutation(keys, 50),
     "shuffled": lambda keys: rng.shuffled(keys[:, None], torch.arange(50, device=keys.device), 50),

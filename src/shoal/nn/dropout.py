@@ -5,9 +5,12 @@ So a run drops the same elements alone, in any fleet, and however its batch is c
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from shoal import rng
+
+STEPS = 1 << 16  # a rate is taken to the nearest of them, 8e-6 off at most
 
 
 def dropout(x: Tensor, key: Tensor | None, rate: Tensor | None, layer: int) -> Tensor:
@@ -15,6 +18,7 @@ def dropout(x: Tensor, key: Tensor | None, rate: Tensor | None, layer: int) -> T
     if key is None or rate is None:
         return x
     time, width = x.shape[-2:]
-    draws = rng.uniform(rng.fold(key, layer), time * width).view(x.shape)
+    draws = rng.quarters(rng.fold(key, layer), time * width).view(x.shape)
     rate = rate.view(*rate.shape, *[1] * (x.dim() - rate.dim()))
-    return x * ((draws >= rate) / (1 - rate)).to(x.dtype)
+    least = ((rate * STEPS).round().clamp(max=STEPS - 1) - STEPS // 2).to(draws.dtype)
+    return x * torch.where(draws >= least, 1 / (1 - rate), 0.0).to(x.dtype)
