@@ -86,7 +86,8 @@ def _reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
     if more:
         logits = logits.masked_fill(torch.arange(num_tokens + more, device=logits.device) >= num_tokens, -torch.inf)
     nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-    packed = hidden.is_cuda and hidden.dtype == torch.bfloat16 and not softcap and logits.shape[-1] <= PLACES
+    rounded = hidden.dtype == torch.bfloat16 and bias is None and not softcap  # as a product writes them: what a compiler adds to it stays in float32
+    packed = hidden.is_cuda and rounded and logits.shape[-1] <= PLACES
     best = _packed_argmax(logits.detach()) if packed else logits.detach().argmax(-1)
     return nll.view(targets.shape), best.view(targets.shape)
 

@@ -71,5 +71,6 @@ def _measure(store: Store, study: Study, fleet: str, runs: Collection[str], name
             if isinstance(measure, Only) and not measure.asked(config):
                 store.add_measure(entry["id"], name, [])
                 continue
-            trained = trained or checkpoint.load_run(config, place, store.fleet_directory(fleet) / "checkpoint")
+            if trained is None:
+                trained = checkpoint.load_run(config, place, store.fleet_directory(fleet) / "checkpoint")
             store.add_measure(entry["id"], name, measure(trained))
