@@ -441,7 +441,7 @@ BAD = {
     "hollow": (["--keys", "[[],[]]", "--values", "[[1],[2]]"], "keys: must be a list of rows"),
     "words": (["--keys", "[['a']]", "--values", "[[1]]"], "keys: must be numbers only"),
     "not a number": (["--keys", "nan.csv", "--values", "[[1],[2]]"], "keys: must be numbers only (no NaN"),
-    "typed NaN": (["--keys", "[[NaN]]", "--values", "[[1]]"], "--keys: [[NaN]] is not a list of rows"),
+    "typed NaN": (["--keys", "[[NaN]]", "--values", "[[1]]"], "keys: must be numbers only (no NaN"),
     "too large": (["--keys", "[[1e200]]", "--values", "[[1]]"], "below 1e100"),
     "open bracket": (["--keys", "[[1", "--values", "[[1]]"], "--keys: [[1 is not a list of rows"),
     "no file": (["--keys", "there.json", "--values", "[[1]]"], "--keys: there is no file there.json"),

@@ -42,9 +42,15 @@ def matrix(given: str, name: str) -> Any:
         raise error if isinstance(error, ConfigError) else ConfigError(name, f"{given} cannot be read: {' '.join(str(error).split()):.200}") from None
 
 
+class _Named(ast.NodeTransformer):
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(float(node.id)) if node.id.lower() in ("nan", "inf", "infinity") else node
+
+
 def literal(text: str, name: str, what: str) -> Any:
+    """What is typed as in Python, and nan and inf, so that whoever checks the numbers can say so."""
     try:
-        return ast.literal_eval(text.strip())
+        return ast.literal_eval(_Named().visit(ast.parse(text.strip(), mode="eval")))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         raise ConfigError(name, f"{text:.60} is not a list of {what}") from None
 
