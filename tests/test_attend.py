@@ -338,7 +338,8 @@ def test_new_keys_for_the_query_of_another_goal() -> None:
     line = ByHand([[0.0], [2.0], [1.0]], np.eye(3))
     far = ByHand(square.keys * 5, np.eye(4)).replace(3, square.mean_of(3), unit=True)
     assert far.reachable == "no" and "the others have up to" in far.explanation and np.linalg.norm(far.query) < 20, "longer does not help, and is not tried"
-    assert abs(float(line.replace(3, [0, 0.5, 0.5], unit=True).key[0])) == 1 and line.replace(3, [0, 0.5, 0.5]).within  # type: ignore[index]
+    short = line.replace(3, [0, 0.5, 0.5], unit=True).key
+    assert short is not None and abs(float(short[0])) == 1 and line.replace(3, [0, 0.5, 0.5]).within
 
 
 # --- words and pictures ---

@@ -22,7 +22,7 @@ def sinusoidal(positions: Tensor, width: int, base: float = 10_000.0) -> Tensor:
 def rotary(positions: Tensor, width: int, base: float) -> Tensor:
     """int64 [...] -> float32 [..., K]: cosines, then sines, of positions / base^(2i/K) (Su et al. 2021), for ``rotate``.
 
-    An operation of its own: compilers would compute them again for every number that is turned, which on one H100 was a fifth of a small model's step.
+    An operation of its own: compilers compute them again for every number that is turned; such kernels were a fifth of a small model's step on one H100.
     """
     angles = _angles(positions, width // 2, base)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)

@@ -12,7 +12,7 @@ Not here: clipping and decay, towards 0 or towards the start, which are the opti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -147,29 +147,18 @@ def egalitarian(grads: Params) -> Params:
     here it is every matrix, embeddings and head among them, to the end.
     """
 
-    def polar(matrices: Tensor) -> Tensor:
-        largest = matrices.abs().amax((-2, -1), keepdim=True)  # so that the norm of a tiny matrix does not underflow
-        return newton_schulz(matrices / torch.where(largest > 0, largest, 1.0), RAISE, matrices.dtype, FINISH)
-
-    return grads | on_wide(polar, {name: g for name, g in grads.items() if g.ndim == 3})
-
-
-def on_wide(function: Callable[[Tensor], Tensor], matrices: Params) -> Params:
-    """``function`` [N, *L, short, long] -> the same shape, of every matrix [*L, in, out]: at once of those that have one shape when they are wide."""
+    alike: dict[tuple[int, ...], list[str]] = {}  # those of one shape when they are wide, at once
+    for name, grad in grads.items():
+        if grad.ndim == 3:
+            alike.setdefault(wide(grad).shape, []).append(name)
     results: Params = {}
-    for names in _alike(matrices):
-        stacked = torch.stack([wide(matrices[name]) for name in names])  # [N, *L, short, long]
-        for name, result in zip(names, function(stacked).unbind(), strict=True):
-            results[name] = result if result.shape == matrices[name].shape else result.mT
-    return results
-
-
-def _alike(matrices: Params) -> Iterable[list[str]]:
-    """The names of matrices that have one shape once they are wide, together."""
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name, matrix in matrices.items():
-        groups.setdefault(wide(matrix).shape, []).append(name)
-    return groups.values()
+    for names in alike.values():
+        matrices = torch.stack([wide(grads[name]) for name in names])  # [N, R, short, long]
+        largest = matrices.abs().amax((-2, -1), keepdim=True)  # so that the norm of a tiny matrix does not underflow
+        polar = newton_schulz(matrices / torch.where(largest > 0, largest, 1.0), RAISE, matrices.dtype, FINISH)
+        for name, result in zip(names, polar.unbind(), strict=True):
+            results[name] = result if result.shape == grads[name].shape else result.mT
+    return grads | results
 
 
 def draw(noise: Noise, layout: Layout, step: Tensor) -> Tensor:
