@@ -228,6 +228,14 @@ def test_no_query_of_a_fine_grid_is_nearer_than_the_best_found() -> None:
                 assert softmax(grid @ keys.T, axis=1)[:, 0].max() <= answer.nearest[0] + 1e-9
 
 
+def test_an_output_on_an_edge_of_the_hull_is_found_without_a_hint() -> None:
+    angles = np.arange(6) * np.pi / 3 + GENERATOR.uniform(-0.4, 0.4, size=6)
+    keys, values = np.stack([np.cos(angles), np.sin(angles)], axis=1), GENERATOR.normal(size=(6, 5))
+    for i in range(6):
+        wanted = values[[i, (i + 1) % 6]].mean(0)
+        assert np.linalg.norm(softmax(keys @ best_output(keys, values, wanted, [])) @ values - wanted) < 1e-4
+
+
 def test_outputs() -> None:
     keys, values = np.eye(3), GENERATOR.normal(size=(3, 4))
     hand = ByHand(keys, values)

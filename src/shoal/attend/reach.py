@@ -23,12 +23,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, linprog, nnls
+from scipy.spatial import ConvexHull
 from scipy.special import log_softmax, softmax
 
 Array = NDArray[np.float64]
 NEAR = 1e-6  # of the keys' spread: a key less far outside the hull of the others needs a query too long for single precision
 CLOSE = 1e-9  # of log-weights: rounding
-MANY, CLIMBS = 32, 24  # keys whose sums are starts of the search for an output, and how many of these are followed
+FLAT = 4  # dimensions of the keys up to which the hull's facets are few
+MANY, CLIMBS = 32, 48  # keys whose sums are starts of the search for an output, and how many of these are followed
 
 
 class Reach(NamedTuple):
@@ -140,7 +142,9 @@ def best_output(keys: Array, values: Array, wanted: Array, starts: list[Array]) 
     some = z[np.unique(np.linspace(0, len(z) - 1, MANY).round().astype(int))]
     sums = np.vstack([(some[:, None] + some)[np.triu_indices(len(some))], (some[:, None] - some)[~np.eye(len(some), dtype=bool)]])
     sums /= np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
-    places = np.vstack([np.zeros(z.shape[1]), *(length * sums for length in (1.0, 4.0, 16.0, 64.0))])
+    if 2 <= z.shape[1] <= FLAT:  # where the best weights lie on a face of the hull, only a narrow cone of queries comes near them
+        sums = np.vstack([sums, np.unique(ConvexHull(z).equations[:, :-1], axis=0)])
+    places = np.vstack([np.zeros(z.shape[1]), *(length * sums for length in (1.0, 4.0, 16.0, 64.0, 256.0))])
 
     def error(y: Array) -> Array:
         return softmax(z @ y) @ values - wanted
@@ -152,9 +156,12 @@ def best_output(keys: Array, values: Array, wanted: Array, starts: list[Array]) 
     def size(y: Array) -> float:
         return float(np.linalg.norm(error(y)))
 
-    order = np.argsort(np.linalg.norm(softmax(places @ z.T, axis=1) @ values - wanted, axis=1), kind="stable")
+    at = softmax(places @ z.T, axis=1)  # [starts, n]
+    left, chosen = np.argsort(np.linalg.norm(at @ values - wanted, axis=1), kind="stable"), []
+    while left.size and len(chosen) < CLIMBS:  # the best that are not alike
+        chosen.append(left[0])
+        left = left[np.abs(at[left] - at[left[0]]).sum(1) > 0.2]
     given = [np.linalg.lstsq(basis, start)[0] for start in starts]
-    chosen = np.append(order[: CLIMBS // 2], order[CLIMBS // 2 :: len(order) // (CLIMBS // 2) + 1])  # the best, and some of all: the best are alike
     tried = [*given, *places[chosen]]
     found = [least_squares(error, place, jac=slope, max_nfev=100).x for place in tried]  # pyright: ignore[reportArgumentType]
     return basis @ min([*tried, *(y for y in found if np.linalg.norm(y) < 0.1 / NEAR)], key=size)  # longer ones live on differences that count as none
