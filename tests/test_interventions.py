@@ -369,10 +369,10 @@ def test_those_who_stay_keep_their_state(name: str) -> None:
 @new_fleets
 def test_compiled_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph without a question to the host, and the same values."""
-    monkeypatch.setattr(Fleet, "_compiled", lambda self, function, options=None: torch.compile(function, dynamic=False, fullgraph=True, backend="eager"))
+    choices: dict[str, Any] = {"backend": "eager", "dynamic": False, "fullgraph": True}
+    monkeypatch.setattr(torch, "compile", lambda function, compile=torch.compile, **_: compile(function, **choices))
     runs = [replace(run, steps=12) for run in FLEETS[name][:3]]
-    torch.compiler.reset()
-    compiled, rows = finished(Fleet.build(runs))
+    compiled, rows = finished(Fleet.build(runs, compile=True))
     monkeypatch.undo()
     eager, expected = finished(Fleet.build(runs))
     close(compiled.flat, eager.flat, 1e-5)

@@ -1,4 +1,4 @@
-"""rng.py: the right integers (against Python's), uniform alone and jointly, bijections, the same in every fleet."""
+"""rng: the right integers (against Python's), uniform alone and jointly, bijections, the same in every fleet."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from shoal import rng
+from shoal.rng import draws
 
 GOLDEN, SALT, WORD = 0x9E3779B97F4A7C15, 0x2545F491, 1 << 64
 
@@ -220,7 +221,7 @@ def test_seeds_purposes_and_steps_decorrelated() -> None:
     for one, other in neighbours:
         differing = torch.stack([(one ^ other) >> i & 1 for i in range(64)]).double().flatten(1).mean(1)
         assert ((differing - 0.5).abs() < 5 * 0.5 / one.numel() ** 0.5).all()  # each of the 64 bits flips half of the time
-        cells = [rng._shift(x, 60) for x in (one, other)]
+        cells = [draws._shift(x, 60) for x in (one, other)]
         assert_uniform(cells[0] * 16 + cells[1], 256)
 
 

@@ -57,12 +57,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context, rate: Tensor | None, cache: Any) -> tuple[Tensor, Any]:
         """[*L, B, T, D] -> [*L, B, S, D]; ``rate`` float32 [*L] of dropout on both branches."""
         y, cache = self.mixer(self.mixer_norm(x) if self.pre else x, context, cache)
-        y = dropout(y, context.key, rate, 2 * self.index + 1)
+        if rate is not None:  # without, a block does not know its place, and one compiled program serves all
+            y = dropout(y, context.key, rate, 2 * self.index + 1)
         x = select(x, context.at) + y if self.residual else y
         x = x if self.pre else self.mixer_norm(x)
         if self.feed_forward is not None and self.feed_forward_norm is not None:
             y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
-            y = dropout(y, context.key, rate, 2 * self.index + 2)
+            if rate is not None:
+                y = dropout(y, context.key, rate, 2 * self.index + 2)
             x = x + y if self.residual else y
             x = x if self.pre else self.feed_forward_norm(x)
         return x, cache
@@ -96,11 +98,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, context: Context = EVERYTHING, cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
         """int64 [*L, B, T] -> hidden [*L, B, S, D] and the cache after these tokens."""
-        x = self.embedding(tokens) + self._position_vectors(tokens, context, cache)
-        x = dropout(x, context.key, self.rate, 0)
-        if self.config.positions == "rotary":
-            turns = rotary(_positions(tokens, context, cache), self.config.width // self.config.num_heads, self.config.rotary_base)
-            context = context._replace(turns=turns)
+        x, context = self._embedded(tokens, context, cache)
         caches, everywhere = [], context._replace(at=None)
         for index, block in enumerate(self.blocks):
             last = index == len(self.blocks) - 1
@@ -109,6 +107,22 @@ class Decoder(nn.Module):
         if not caches:
             x = select(x, context.at)
         return self.norm(x), None if cache is None else Cache(cache.used + tokens.shape[-1], tuple(caches))
+
+    def compile_blocks(self) -> None:
+        """To one program for all blocks of a kind, and one for what is before and after them; without dropout only, which differs from block to block."""
+        self._embedded = torch.compile(self._embedded, dynamic=False, fullgraph=True)
+        for part in (*self.blocks, self.norm):
+            if not isinstance(part, nn.Identity):
+                part.compile(dynamic=False, fullgraph=True)
+
+    def _embedded(self, tokens: Tensor, context: Context, cache: Cache | None) -> tuple[Tensor, Context]:
+        """What the first block reads, [*L, B, T, D] and the context."""
+        x = self.embedding(tokens) + self._position_vectors(tokens, context, cache)
+        x = dropout(x, context.key, self.rate, 0)
+        if self.config.positions == "rotary":
+            turns = rotary(_positions(tokens, context, cache), self.config.width // self.config.num_heads, self.config.rotary_base)
+            context = context._replace(turns=turns)
+        return x, context
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[*L, B, S, D] -> [*L, B, S, V]."""

@@ -29,6 +29,7 @@ from shoal.nn import initialise
 from shoal.tasks.sentences import SentencesTask, cut, numbered
 from shoal.train import best, diffusion, faults, flops, interventions, optimizers
 from shoal.train.capture import Captured
+from shoal.train.compiled import CHAINS, compiled, compiled_objective, restart
 from shoal.train.interventions import Interventions
 from shoal.train.layout import Layout
 from shoal.train.memory import keep_freed_memory
@@ -43,7 +44,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EVALUATION_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 18}  # tokens of one piece of an evaluation: fits the cache, fills the GPU
 MATRICES = "matrices "  # how the names of groups of matrices begin
 COMPACT_EVERY = 10  # evaluations between looks at who has left
-CHAINS = {"realize_opcount_threshold": 8}  # of a compiler: a shuffle's rounds use each other thrice, and written into each other grow to 40 s of compiling
 RECOMPILE_WORTH = 20_000  # steps a smaller compiled fleet must still make: compiling takes some 20 s, halving saves a millisecond or two of each
 
 
@@ -126,9 +126,9 @@ class Fleet:
         self.clock = torch.tensor(self.step, device=self.device)  # int64 scalar: the step, for the device
 
         if self.compile:
-            torch.compiler.reset()  # each fleet is its own program; PyTorch keeps only a few versions of one function
-        objective = OBJECTIVES[self.config.objective]
-        self._objective = objective if isinstance(self.model, Encoder) else self._compiled(objective)  # a library's code is captured as it is
+            restart()
+        objective, plain = OBJECTIVES[self.config.objective], not self.compile or isinstance(self.model, Encoder)  # a library's code is captured as it is
+        self._objective = objective if plain else compiled_objective(objective, self.model)
         self._draw, self._update = self._compiled(faults.drawing(self.config.fault, self.task), CHAINS), self._compiled(_update)
         self._disturbed = self._compiled(interventions.disturbed)
         self.length: int | None = None  # what the next step's batch is padded to; None where all have one length
@@ -292,7 +292,7 @@ class Fleet:
     # Smaller parts.
 
     def _compiled(self, function: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
-        return torch.compile(function, dynamic=False, fullgraph=True, options=options) if self.compile else function
+        return compiled(function, options) if self.compile else function
 
     def _new_model(self, lead: tuple[int, ...], run: int = 0) -> models.AnyModel:
         with torch.device("meta"):  # the parameters come from elsewhere

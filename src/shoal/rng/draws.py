@@ -15,11 +15,11 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's odd increment, as a signed 64-bit integer
-_SALT = 0x2545F491
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
-_BIT = 1 << 62
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's odd increment, as a signed 64-bit integer
+SALT = 0x2545F491
+MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+MIX_2 = 0x94D049BB133111EB - (1 << 64)
+BIT = 1 << 62
 
 
 def _shift(x: Tensor, by: int) -> Tensor:
@@ -29,8 +29,8 @@ def _shift(x: Tensor, by: int) -> Tensor:
 
 def _mix(x: Tensor) -> Tensor:
     """splitmix64's finaliser: a bijection of 64-bit integers in which every input bit reaches every output bit."""
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
+    x = (x ^ _shift(x, 30)) * MIX_1
+    x = (x ^ _shift(x, 27)) * MIX_2
     return x ^ _shift(x, 31)
 
 
@@ -41,13 +41,13 @@ def _signed(x: int) -> int:
 
 def fold(key: Tensor, data: Tensor | int) -> Tensor:
     """A new key from a key and an integer (or integer tensor that broadcasts with it)."""
-    jump = (data ^ _SALT) * _GOLDEN  # without the xor torch 2.11's compiler takes an arange times a large constant for 32-bit index arithmetic
+    jump = (data ^ SALT) * GOLDEN  # without the xor torch 2.11's compiler takes an arange times a large constant for 32-bit index arithmetic
     return _mix(key + (_signed(jump) if isinstance(jump, int) else jump))
 
 
 def key(seed: Tensor, purpose: str, step: Tensor | int = 0) -> Tensor:
     """int64 [R] seeds (or a scalar), what the numbers are for, and a step -> int64 [R] keys."""
-    return fold(_mix(_mix(seed) ^ _signed(crc32(purpose.encode()) * _GOLDEN)), step)
+    return fold(_mix(_mix(seed) ^ _signed(crc32(purpose.encode()) * GOLDEN)), step)
 
 
 def bits(key: Tensor, n: int) -> Tensor:
@@ -101,13 +101,28 @@ def shuffled(key: Tensor, index: Tensor, n: Tensor | int, rounds: int = 24) -> T
     x is paired with (k - x) mod n and the pair is swapped or not by one bit, so every round, and the whole, is a bijection for any n.
     A batch needs only its own few indices, so this is a pure function of the step where an argsort would need an epoch's state.
     """
+    if index.is_cuda:
+        sizes = n if isinstance(n, Tensor) else torch.full_like(index, n)  # filled there: no host waits, nothing is copied
+        return _one_kernel(*(x.contiguous() for x in torch.broadcast_tensors(key, index, sizes)), rounds)
     pivots = _scale(bits(fold(key, 0), rounds), n[..., None] if isinstance(n, Tensor) else n)
     coins = bits(fold(key, 1), rounds)
     x = index
     for pivot, coin in zip(pivots.unbind(-1), coins.unbind(-1), strict=True):
         partner = torch.remainder(pivot - x, n)
-        hashed = (torch.maximum(x, partner) ^ coin) * _MIX_1  # the same for both of a pair
+        hashed = (torch.maximum(x, partner) ^ coin) * MIX_1  # the same for both of a pair
         # one bit, for which half of the finaliser is enough; not the sign, which C++ compilers infer as if products never overflowed
-        swap = ((hashed ^ (hashed >> 29)) * _MIX_2 & _BIT) != 0
+        swap = ((hashed ^ (hashed >> 29)) * MIX_2 & BIT) != 0
         x = torch.where(swap, partner, x)
     return x
+
+
+@torch.library.custom_op("shoal::shuffled", mutates_args=())
+def _one_kernel(key: Tensor, index: Tensor, n: Tensor, rounds: int) -> Tensor:
+    from shoal.rng.shuffle_triton import shuffled
+
+    return shuffled(key, index, n, rounds)
+
+
+@_one_kernel.register_fake
+def _(key: Tensor, index: Tensor, n: Tensor, rounds: int) -> Tensor:
+    return torch.empty_like(index)

@@ -1,0 +1,62 @@
+"""Which programs a fleet's functions are compiled to, whole or a deep model block by block.
+
+Compiling is most of the wait before a compiled fleet's first step, and for a model as a whole it takes as many times what one block takes as there are
+blocks. Blocks that are alike share one program instead, which is given each one's parameters; nothing is computed across their borders anyway.
+Not here: what is replayed without Python (``capture``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.contracts import Batch, Context, Objective, Sums
+from shoal.models.decoder import Decoder
+from shoal.train.diffusion import masked_diffusion
+
+CHAINS = {"realize_opcount_threshold": 8}  # of a compiler: a shuffle's rounds use each other thrice, and written into each other grow to 40 s of compiling
+DEEP = 3  # blocks: of fewer, little is saved
+VERSIONS = 64  # of one function: a block with and without gradients, at all positions and at the scored ones, of each kind of mixer
+
+
+def restart() -> None:
+    """Each fleet is its own program, and PyTorch keeps only a few versions of one function."""
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = VERSIONS
+
+
+def compiled(function: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+
+
+def compiled_objective(objective: Objective, model: Any) -> Objective:
+    """The same sums. Whole, unless the model is deep and its blocks can share: with dropout each draws at a place of its own."""
+    if not isinstance(model, Decoder) or len(model.blocks) < DEEP or model.rate is not None or objective is masked_diffusion:
+        return compiled(objective)
+    model.compile_blocks()
+    score = compiled(lambda model, hidden, batch: objective(_Finished(model, hidden), batch, None))
+
+    def by_block(model: Any, batch: Batch, key: Tensor | None) -> Sums:
+        hidden, _ = model(batch.tokens, Context(mask=batch.mask, at=batch.at, key=key))
+        return score(model, hidden, batch)
+
+    return by_block
+
+
+class _Finished:
+    """A model that has been called: its hidden states, and its head."""
+
+    def __init__(self, model: Decoder, hidden: Tensor) -> None:
+        self.model, self.hidden = model, hidden
+
+    def __call__(self, tokens: Tensor, context: Context) -> tuple[Tensor, None]:
+        return self.hidden, None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)
+
+    def linear_head(self) -> tuple[Tensor, Tensor | None, float]:
+        return self.model.linear_head()
