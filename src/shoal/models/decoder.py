@@ -98,7 +98,8 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, context: Context = EVERYTHING, cache: Cache | None = None) -> tuple[Tensor, Cache | None]:
         """int64 [*L, B, T] -> hidden [*L, B, S, D] and the cache after these tokens."""
-        x, context = self._embedded(tokens, context, cache)
+        x, turns = self._embedded(tokens, context, cache)
+        context = context._replace(turns=turns)
         caches, everywhere = [], context._replace(at=None)
         for index, block in enumerate(self.blocks):
             last = index == len(self.blocks) - 1
@@ -115,14 +116,13 @@ class Decoder(nn.Module):
             if not isinstance(part, nn.Identity):
                 part.compile(dynamic=False, fullgraph=True)
 
-    def _embedded(self, tokens: Tensor, context: Context, cache: Cache | None) -> tuple[Tensor, Context]:
-        """What the first block reads, [*L, B, T, D] and the context."""
+    def _embedded(self, tokens: Tensor, context: Context, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
+        """What the first block reads, [*L, B, T, D], and the context's ``turns``."""
         x = self.embedding(tokens) + self._position_vectors(tokens, context, cache)
         x = dropout(x, context.key, self.rate, 0)
-        if self.config.positions == "rotary":
-            turns = rotary(_positions(tokens, context, cache), self.config.width // self.config.num_heads, self.config.rotary_base)
-            context = context._replace(turns=turns)
-        return x, context
+        if self.config.positions != "rotary":
+            return x, None
+        return x, rotary(_positions(tokens, context, cache), self.config.width // self.config.num_heads, self.config.rotary_base)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[*L, B, S, D] -> [*L, B, S, V]."""
