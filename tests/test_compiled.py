@@ -12,6 +12,7 @@ from laws_training import CORPUS, MODULAR, SMALL, finished
 from torch._dynamo.utils import counters
 
 from shoal.config import LanguageConfig, RunConfig, with_seed
+from shoal.train import fleet as fleets
 from shoal.train.fleet import Fleet
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # from within the compiler, which hides it
@@ -29,13 +30,19 @@ RUNS = {
 
 
 def programs(run: RunConfig, monkeypatch: pytest.MonkeyPatch, backend: str = "eager") -> tuple[Fleet, int]:
-    """The trained fleet, and how many programs its steps and evaluations were."""
+    """The trained fleet, as without a compiler, and how many programs its steps and evaluations were."""
+    runs = [with_seed(run, seed) for seed in range(3)]
     with monkeypatch.context() as m:
         choices: dict[str, Any] = {"backend": backend, "dynamic": False, "fullgraph": True}
         m.setattr(torch, "compile", lambda function, compile=torch.compile, **_: compile(function, **choices))
         counters.clear()
-        fleet, _ = finished(Fleet.build([with_seed(run, seed) for seed in range(3)], compile=True))
-        return fleet, counters["stats"]["unique_graphs"]
+        fleet, facts = finished(Fleet.build(runs, compile=True))
+        count = counters["stats"]["unique_graphs"]
+    plain, expected = finished(Fleet.build(runs))
+    close(fleet.flat, plain.flat, 1e-5)
+    assert facts.keys() == expected.keys()
+    assert all(fact == pytest.approx(expected[name], rel=1e-4, abs=1e-5, nan_ok=True) for name, fact in facts.items())
+    return fleet, count
 
 
 def deep(run: RunConfig, num_layers: int) -> RunConfig:
@@ -44,15 +51,19 @@ def deep(run: RunConfig, num_layers: int) -> RunConfig:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_blocks_that_are_alike_are_one_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RUNS[name]
-    compiled, count = programs(deep(run, 4), monkeypatch, "aot_eager")
-    plain, _ = finished(Fleet.build([with_seed(deep(run, 4), seed) for seed in range(3)]))
-    close(compiled.flat, plain.flat, 1e-5)
-    assert programs(deep(run, 6), monkeypatch)[1] == count
+    _, count = programs(deep(RUNS[name], 4), monkeypatch, "aot_eager")
+    assert programs(deep(RUNS[name], 6), monkeypatch)[1] == count
+
+
+def test_many_evaluations_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = (deep(replace(MODULAR, evaluate=("val",)), 2), deep(MODULAR, 3))
+    (_, fewer), (_, less) = programs(few, monkeypatch), programs(many, monkeypatch)
+    assert fewer == 3  # drawing, the objective, the update
+    monkeypatch.setattr(fleets, "FEW", 0)
+    assert programs(few, monkeypatch)[1] == fewer + 1 and programs(many, monkeypatch)[1] > less
 
 
 def test_whole_where_blocks_differ_or_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     for run in (deep(MODULAR, 2), deep(replace(MODULAR, model=replace(SMALL, dropout=0.1)), 3)):
-        fleet, _ = programs(run, monkeypatch)
-        assert all(block._compiled_call_impl is None for block in fleet.model.blocks)
-        close(fleet.flat, finished(Fleet.build([with_seed(run, seed) for seed in range(3)]))[0].flat, 1e-5)
+        fleet, count = programs(run, monkeypatch)
+        assert all(part._compiled_call_impl is None for part in fleet.model.modules()) and count == 3

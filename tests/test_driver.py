@@ -27,6 +27,7 @@ from shoal.results import Store
 from shoal.studies import driver, progress
 from shoal.studies.study import Only, Study
 from shoal.train import checkpoint
+from shoal.train.device import measuring_device
 from shoal.train.fleet import Fleet
 
 RUN = RunConfig(
@@ -518,6 +519,13 @@ def test_halves_are_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oft
 def test_max_runs_per_fleet(tmp_path: Path) -> None:
     shoal.run(study_of(), tmp_path, progress=False, max_runs_per_fleet=3)
     assert [len(fleet["runs"]) for fleet in Store.read(tmp_path).fleets()] == [3, 3, 3, 1]
+
+
+def test_measures_compute_where_the_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside a GPU that is someone else's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = shoal.run(study_of(measures={"where": lambda run: [{"device": measuring_device()}]}, claims=[]), tmp_path, progress=False, device="cpu")
+    assert {where["device"] for row in result.rows for where in row["measures"]["where"]} == {"cpu"} and measuring_device() == "cuda"
 
 
 @pytest.mark.parametrize(("argument", "passed"), [("auto", None), ("on", True), ("off", False)])

@@ -60,7 +60,7 @@ def test_workers_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(measuring, "together", noted)
     timed = replace(sanity.study(config), timed=["positions"])
     apart = shoal.run(timed, tmp_path / "apart", progress=False, device="cpu", workers=2)
-    assert len(jobs) == 2 and all(names == {"samples"} for *_, names in jobs)
+    assert len(jobs) == 2 and all(names == {"samples"} for *_, names, _ in jobs)
     for a, b in zip(alone.rows, apart.rows, strict=True):
         assert a["measures"].keys() == b["measures"].keys() == {"samples", "positions"}
         assert a["measures"]["samples"] == b["measures"]["samples"]

@@ -1,6 +1,6 @@
 """A fine-tuned run on the sentences it never saw, once: what is right, what is taken for what, which mistakes it is surest of, and the baselines beside it.
 
-Each function is a measure: a run -> lines for its report. Forward passes go to the GPU where there is one. Not here: training, and what is made of the lines.
+Each function is a measure: a run -> lines for its report. Forward passes are made on ``measuring_device``. Not here: training, and what is made of the lines.
 
     [line] = accuracy(run); line["right"], line["sentences"]
 """
@@ -22,6 +22,7 @@ from shoal.contracts import Context
 from shoal.finetune.baselines import Baseline, baselines
 from shoal.models.encoder import Encoder
 from shoal.tasks.sentences import CUT, SentencesTask, numbered
+from shoal.train.device import measuring_device
 from shoal.train.run import Run
 
 TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}  # of one piece
@@ -81,7 +82,7 @@ def beside(run: Run) -> list[dict[str, Any]]:
 
 def features(task: SentencesTask, encoder: str, pooling: Any) -> dict[str, NDArray[np.float32]]:
     """What the untrained encoder makes of every sentence: split -> [n, D], in the order of the data. Read once in this process, heads in training included."""
-    device = _device()
+    device = measuring_device()
     model = Encoder(EncoderConfig(encoder=encoder, pooling=pooling, frozen=True, num_classes=task.num_classes), task.vocab_size, task.max_length).to(device)
     _, sentences = numbered(task.setup({"split_seed": [0]}, device))
     model.remember(sentences, max(1, TOKENS[device] // task.max_length), task.fingerprint)
@@ -119,18 +120,14 @@ def _of(run: Run) -> Found:
 
 @torch.inference_mode()
 def _passes(task: SentencesTask, model: Any, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Piece by piece int64 [n], [n, 1, D]: classes, and what the head reads. The model is on the GPU for as long as this goes on, where there is one."""
-    device = _device()
+    """Piece by piece int64 [n], [n, 1, D]: classes, and what the head reads. The model is on the device of measures for as long as this goes on."""
+    device = measuring_device()
     model.to(device)
     for piece in task.evaluation(task.setup({"split_seed": [0]}, device), split, max(1, TOKENS[device] // task.max_length)):
         batch = piece.each(lambda x: x[0])
         there = batch.weights[:, 0] > 0
         yield batch.targets[there, 0], model(batch.tokens, Context(mask=batch.mask, at=batch.at))[0][there]
     model.to("cpu")
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _task(run: Run) -> SentencesTask:

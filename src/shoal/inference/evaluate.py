@@ -12,6 +12,7 @@ from torch import Tensor
 from shoal.config import RunConfig, fields_per_run
 from shoal.contracts import Batch, Context, Tables, Task
 from shoal.nn import select
+from shoal.train.device import measuring_device
 from shoal.train.objectives import OBJECTIVES, add, means
 from shoal.train.run import Run
 
@@ -40,11 +41,11 @@ def evaluate(run: Run, split: str) -> dict[str, float]:
 
 @torch.inference_mode()
 def lengths(run: Run, lengths: Iterable[int]) -> list[dict[str, float]]:
-    """Recall at other lengths, each on the ``test_size`` sequences of its split "length:n", which no training saw. On the GPU where there is one.
+    """Recall at other lengths, each on the ``test_size`` sequences of its split "length:n", which no training saw. On ``measuring_device``.
 
     A line per length: "length", "accuracy", and "distinct", the accuracy where the answer is not the token that asks for it (NaN where there is none such).
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = measuring_device()
     model, tables, sums = copy.deepcopy(run.model).to(device), tables_of(run.config, run.task, device), []
     asked = list(lengths)
     for length in asked:

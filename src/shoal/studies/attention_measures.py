@@ -126,9 +126,9 @@ def samples(run: Run, prompts: Mapping[str, str] = PROMPTS) -> list[dict[str, An
 
 
 def _moved(run: Run, dtype: Any = None) -> tuple[AnyModel, str]:
-    import torch
+    from shoal.train.device import measuring_device
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = measuring_device()
     return copy.deepcopy(run.model).to(device, dtype), device
 
 

@@ -45,6 +45,7 @@ from shoal.studies.progress import FleetProgress
 from shoal.studies.study import Study
 from shoal.studies.workers import together
 from shoal.train import checkpoint
+from shoal.train.device import find_device
 from shoal.train.fleet import Fleet, Table, joined
 from shoal.train.flops import Counts, budgeted
 from shoal.train.interventions import idle
@@ -178,14 +179,6 @@ def find(path: str | Path) -> tuple[Store, Row]:
             print(f"{len(rows)} runs; taking the best by {metric}: {directory}:{wanted}", file=sys.stderr)
     check(wanted in rows, directory, f"has no run {wanted!r}; it has {', '.join(sorted(rows)[:8])}{' ...' if len(rows) > 8 else ''}")
     return store, rows[wanted]
-
-
-def find_device(name: str) -> str:
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError("device", f"{name!r} is not one of auto, cpu, cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", "no CUDA device is available; use --device cpu (or auto)")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _wanted(study: Study, rows: Rows) -> dict[str, RunConfig]:

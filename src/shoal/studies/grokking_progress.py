@@ -87,14 +87,15 @@ class Whole(NamedTuple):
 
 
 def whole_table(run: Run) -> Whole:
-    """All rows of the run's own split; on a GPU where there is one."""
+    """All rows of the run's own split."""
     import torch
 
     from shoal.inference.evaluate import batches
     from shoal.tasks.splits import SPLITS
+    from shoal.train.device import measuring_device
 
     task: Any = run.config.task
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = measuring_device()
     tokens = _residue_tokens(run)
     value = torch.full((run.task.vocab_size,), -1).scatter(0, tokens, torch.arange(task.p))
     pieces, columns = [], []

@@ -89,7 +89,7 @@ def lower(text: str, a: Mapping[str, Any], b: Mapping[str, Any], *, by: float = 
 
 
 def texts(run: Run, prompt: str, count: int, max_tokens: int) -> list[tuple[str, bool]]:
-    """``count`` continuations of a prompt, and of each whether the model ended it. On the GPU where there is one.
+    """``count`` continuations of a prompt, and of each whether the model ended it. On ``measuring_device``.
 
     A prompt may take half of the model's positions; of a longer one the end is read.
     """
@@ -98,8 +98,9 @@ def texts(run: Run, prompt: str, count: int, max_tokens: int) -> list[tuple[str,
     from shoal import rng
     from shoal.inference.generate import room_after, sample
     from shoal.inference.sampling import Sampling
+    from shoal.train.device import measuring_device
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = measuring_device()
     moved = dataclasses.replace(run, model=copy.deepcopy(run.model).to(device))
     begun = [*run.task.start, *run.task.tokenizer.encode(prompt)][-(run.task.max_length // 2) :]
     tokens, keys = torch.tensor([begun] * count), rng.fold(rng.key(torch.tensor(SEED), "sample"), torch.arange(count))

@@ -22,6 +22,7 @@ from shoal.studies import STUDIES
 from shoal.studies.study import Only, Study
 from shoal.studies.workers import together
 from shoal.train import checkpoint
+from shoal.train.device import measured_on
 
 PER_GPU = 4  # workers: a measure may fill a GPU with the logits of as many tokens as a single process has room for
 
@@ -38,11 +39,12 @@ def measure(store: Store, study: Study, asked: Collection[str], workers: int, de
     again = remade(store.record) if workers > 1 else None
     if again is not None and again.measures.keys() == study.measures.keys():
         names = study.measures.keys() - set(study.timed)
-        jobs = [(store.directory, fleet, ids, names) for fleet, ids in _lacking(store, names, asked)]
+        jobs = [(store.directory, fleet, ids, names, device) for fleet, ids in _lacking(store, names, asked)]
         if len(jobs) > 1:
             together(_measure_apart, jobs, min(workers, PER_GPU * torch.cuda.device_count()) if device == "cuda" else workers, device)
-    for fleet, ids in _lacking(store, study.measures.keys(), asked):
-        _measure(store, study, fleet, ids, study.measures.keys())
+    with measured_on(device):
+        for fleet, ids in _lacking(store, study.measures.keys(), asked):
+            _measure(store, study, fleet, ids, study.measures.keys())
 
 
 def _lacking(store: Store, names: Collection[str], asked: Collection[str]) -> list[tuple[str, list[str]]]:
@@ -53,12 +55,13 @@ def _lacking(store: Store, names: Collection[str], asked: Collection[str]) -> li
     return [(fleet, ids) for fleet, ids in lacking.items() if ids]
 
 
-def _measure_apart(directory: Path, fleet: str, runs: Collection[str], names: Collection[str]) -> None:
+def _measure_apart(directory: Path, fleet: str, runs: Collection[str], names: Collection[str], device: str) -> None:
     """In a worker's process."""
     store = Store.read(directory)
     study = remade(store.record)
     assert study is not None
-    _measure(store, study, fleet, runs, names)
+    with measured_on(device):
+        _measure(store, study, fleet, runs, names)
 
 
 def _measure(store: Store, study: Study, fleet: str, runs: Collection[str], names: Collection[str]) -> None:

@@ -8,6 +8,7 @@ Not here: what is replayed without Python (``capture``).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from shoal.models.decoder import Decoder
 from shoal.train.diffusion import masked_diffusion
 
 CHAINS = {"realize_opcount_threshold": 8}  # of a compiler: a shuffle's rounds use each other thrice, and written into each other grow to 40 s of compiling
+FEW = 20  # evaluations, for which a program for each split is not worth some 10 s of compiling
 DEEP = 3  # blocks: of fewer, little is saved
 VERSIONS = 64  # of one function: a block with and without gradients, at all positions and at the scored ones, of each kind of mixer
 
@@ -26,6 +28,11 @@ def restart() -> None:
     """Each fleet is its own program, and PyTorch keeps only a few versions of one function."""
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = VERSIONS
+
+
+def plainly() -> AbstractContextManager[None]:
+    """In here what was compiled runs as it is written."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def compiled(function: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:

@@ -29,7 +29,7 @@ from shoal.nn import initialise
 from shoal.tasks.sentences import SentencesTask, cut, numbered
 from shoal.train import best, diffusion, faults, flops, interventions, optimizers
 from shoal.train.capture import Captured
-from shoal.train.compiled import CHAINS, compiled, compiled_objective, restart
+from shoal.train.compiled import CHAINS, FEW, compiled, compiled_objective, plainly, restart
 from shoal.train.interventions import Interventions
 from shoal.train.layout import Layout
 from shoal.train.memory import keep_freed_memory
@@ -42,6 +42,7 @@ RUNNING, FINISHED, COMPLETED, DEAD = range(4)
 STATUS = ("running", "finished", "completed", "dead")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EVALUATION_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 18}  # tokens of one piece of an evaluation: fits the cache, fills the GPU
+PLAIN_TOKENS = 1 << 15  # where nothing is compiled: operations one by one hold more
 MATRICES = "matrices "  # how the names of groups of matrices begin
 COMPACT_EVERY = 10  # evaluations between looks at who has left
 RECOMPILE_WORTH = 20_000  # steps a smaller compiled fleet must still make: compiling takes some 20 s, halving saves a millisecond or two of each
@@ -134,7 +135,8 @@ class Fleet:
         self.length: int | None = None  # what the next step's batch is padded to; None where all have one length
         self._captured_steps: dict[int | None, Captured] = {}  # by that length
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        self._captured_evaluation = Captured(self._one_evaluation, self.device, self._quiet)
+        self._few = self.compile and not plain and self.last_step // self.config.evaluate_every < FEW
+        self._evaluation = self._one_evaluation if self._few else Captured(self._one_evaluation, self.device, self._quiet)
 
     @property
     def done(self) -> bool:
@@ -147,7 +149,7 @@ class Fleet:
             if self.kept < self.step in self.config.snapshots:
                 self.snapshots[self.step], self.kept = self.everyone(), self.step
             if self.evaluated < self.step and (self.step % self.config.evaluate_every == 0 or self.step in self.stops):
-                metrics = self._captured_evaluation()
+                metrics = self._evaluation()
                 entries.append((self.step, list(self.present), _copy(metrics)))
                 self.evaluated = self.step
                 if self.step >= self.config.evaluate_every and self.step // self.config.evaluate_every % COMPACT_EVERY == 0:
@@ -236,12 +238,12 @@ class Fleet:
             batch = cut(batch, self.length)
         if self.asked.weight_noise is not None:  # only until the update, after which weights are flat's again
             self.weights.copy_(self._disturbed(self.asked.weight_noise, self.layout, self.flat, self.clock))
-        sums, grads = self._gradients(batch)
+        sums, grad = self._gradients(batch)
         rate = multiplier(self.config.schedule.kind, self.clock / self.steps, **self.schedule)
         hyper = {name: value * rate if name.endswith("lr") else value for name, value in self.hyper.items()}
         running = self.status == RUNNING
         due = running & (self.clock < self.steps)
-        norm, alive = self._update(self.optimizer, self.asked, self.layout, self.flat, self.weights, self.state, grads, sums, hyper, self.clip, self.clock, due)
+        norm, alive = self._update(self.optimizer, self.asked, self.layout, self.flat, self.weights, self.state, grad, sums, hyper, self.clip, self.clock, due)
         died = due & ~alive
         self.status.copy_(torch.where(died, DEAD, self.status))
         self.ended.copy_(torch.where(died, self.clock, self.ended))
@@ -249,20 +251,21 @@ class Fleet:
         metrics = {f"batch/{name}": value for name, value in means(sums).items()} | {"batch/grad_norm": norm, "learning_rate": hyper["lr"]}
         return {name: torch.where(running, value, torch.nan) for name, value in metrics.items()}
 
-    def _gradients(self, batch: Batch) -> tuple[Sums, list[Tensor]]:
-        """Sums over the batch and the gradient of each run's summed loss, in ``accumulate`` pieces."""
-        keys, rows = None, batch.tokens.shape[-2]
+    def _gradients(self, batch: Batch) -> tuple[Sums, Tensor]:
+        """Sums over the batch and the gradient [R, P] of each run's summed loss, in ``accumulate`` pieces."""
+        keys, rows, grad = None, batch.tokens.shape[-2], torch.zeros(())
         if self.config.objective == "masked_diffusion":
             keys = diffusion.row_keys(rng.fold(self.noise_key, self.clock), rows)
         elif getattr(self.model, "rate", None) is not None:
             keys = rng.fold(rng.fold(self.noise_key, self.clock)[:, None], torch.arange(rows, device=self.device))
-        total, grads = None, []
+        total = None
         for piece, piece_keys in _pieces(batch, keys, self.accumulate):
             sums = self._objective(self.model, piece, piece_keys)
-            new = torch.autograd.grad(sums.loss.sum(), list(self.parameters.values()))
-            total, grads = (sums, list(new)) if total is None else (add(total, sums), [a.float() + b for a, b in zip(grads, new, strict=True)])
+            pieces = torch.autograd.grad(sums.loss.sum(), list(self.parameters.values()))
+            new = self.layout.pack(dict(zip(self.parameters, pieces, strict=True)), 1)
+            total, grad = (sums, new) if total is None else (add(total, sums), grad.float() + new)
         assert total is not None
-        return Sums(total.loss.detach(), total.weight, total.metrics), grads
+        return Sums(total.loss.detach(), total.weight, total.metrics), grad
 
     @torch.no_grad()
     def _one_evaluation(self) -> dict[str, Tensor]:
@@ -285,9 +288,11 @@ class Fleet:
 
     @torch.no_grad()
     def _split_sums(self, split: str) -> Sums:
-        rows = max(16, EVALUATION_TOKENS[self.device.type] // (len(self.present) * self.task.max_length))
+        tokens = min(EVALUATION_TOKENS[self.device.type], PLAIN_TOKENS) if self._few else EVALUATION_TOKENS[self.device.type]
+        rows = max(16, tokens // (len(self.present) * self.task.max_length))
         batches = (faults.evaluated(self.config.fault, self.task, batch) for batch in self.task.evaluation(self.tables, split, rows))
-        return reduce(add, (self._objective(self.model, batch, None) for batch in batches))
+        with plainly() if self._few else contextlib.nullcontext():
+            return reduce(add, (self._objective(self.model, batch, None) for batch in batches))
 
     # Smaller parts.
 
@@ -375,11 +380,11 @@ def layout_groups(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
 
 
 def _update(
-    optimizer: Optimizer, asked: Interventions, layout: Layout, flat: Tensor, weights: Tensor, state: State, grads: list[Tensor], sums: Sums,
+    optimizer: Optimizer, asked: Interventions, layout: Layout, flat: Tensor, weights: Tensor, state: State, grad: Tensor, sums: Sums,
     hyper: Mapping[str, Tensor], clip: Tensor | None, step: Tensor, running: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mean gradient, clipping, who is alive, interventions, the optimizer; ``weights`` follow ``flat``. Returns the gradient norms and alive, both [R]."""
-    grad = layout.pack(dict(zip(layout.shapes, grads, strict=True)), 1).float() / sums.weight.unsqueeze(-1)
+    grad = grad.float() / sums.weight.unsqueeze(-1)
     norm = optimizers.gradient_norm(grad)
     alive = running & torch.isfinite(sums.loss / sums.weight) & torch.isfinite(norm)
     if clip is not None:
