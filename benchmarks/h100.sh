@@ -53,10 +53,11 @@ language() {
     "$PYTHON" -W ignore benchmarks/language.py --json "$OUT/language.json"
     "$PYTHON" -W ignore benchmarks/generation.py --json "$OUT/generation.json"
     timeout 300 "$PYTHON" -m pytest -q -m gpu tests/gpu/test_{linear_cross_entropy,recurrent,generation}_gpu.py
-    in_turn 900 flop-search ladder ladder-beyond gpt-tiny
+    in_turn 900 flop-search ladder ladder-beyond gpt-tiny flop-final
 }
 
 attention() {
+    "$PYTHON" -W ignore benchmarks/compiling.py --device cuda --threads 16 --variant attention "AFT full" Fastformer
     "$PYTHON" -W ignore benchmarks/linear_attention.py
     "$PYTHON" -W ignore benchmarks/linear_attention.py --device cuda --compile
     timeout 300 "$PYTHON" -m pytest -q -m gpu tests/gpu/test_variants_gpu.py

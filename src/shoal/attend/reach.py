@@ -18,19 +18,21 @@ Not here: goals and their wording (``goals``, ``words``), the values (but for ``
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, linprog, nnls
-from scipy.spatial import ConvexHull
+from scipy.spatial import ConvexHull, QhullError
 from scipy.special import log_softmax, softmax
 
 Array = NDArray[np.float64]
 NEAR = 1e-6  # of the keys' spread: a key less far outside the hull of the others needs a query too long for single precision
 CLOSE = 1e-9  # of log-weights: rounding
-FLAT = 4  # dimensions of the keys up to which the hull's facets are few
+FLAT, FACETS = 4, 512  # dimensions of the keys up to which the hull's facets are few, and how many of them are looked at
 MANY, CLIMBS = 32, 48  # keys whose sums are starts of the search for an output, and how many of these are followed
+NUMBERS = 1_000_000  # weights that are compared to find starts that are not alike
 
 
 class Reach(NamedTuple):
@@ -143,7 +145,9 @@ def best_output(keys: Array, values: Array, wanted: Array, starts: list[Array]) 
     sums = np.vstack([(some[:, None] + some)[np.triu_indices(len(some))], (some[:, None] - some)[~np.eye(len(some), dtype=bool)]])
     sums /= np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
     if 2 <= z.shape[1] <= FLAT:  # where the best weights lie on a face of the hull, only a narrow cone of queries comes near them
-        sums = np.vstack([sums, np.unique(ConvexHull(z).equations[:, :-1], axis=0)])
+        with suppress(QhullError):  # keys too nearly flat for it
+            normals = np.unique(ConvexHull(z).equations[:, :-1], axis=0)
+            sums = np.vstack([sums, normals[:: len(normals) // FACETS + 1]])
     places = np.vstack([np.zeros(z.shape[1]), *(length * sums for length in (1.0, 4.0, 16.0, 64.0, 256.0))])
 
     def error(y: Array) -> Array:
@@ -157,7 +161,7 @@ def best_output(keys: Array, values: Array, wanted: Array, starts: list[Array]) 
         return float(np.linalg.norm(error(y)))
 
     at = softmax(places @ z.T, axis=1)  # [starts, n]
-    left, chosen = np.argsort(np.linalg.norm(at @ values - wanted, axis=1), kind="stable"), []
+    left, chosen = np.argsort(np.linalg.norm(at @ values - wanted, axis=1), kind="stable")[: NUMBERS // len(keys)], []
     while left.size and len(chosen) < CLIMBS:  # the best that are not alike
         chosen.append(left[0])
         left = left[np.abs(at[left] - at[left[0]]).sum(1) > 0.2]

@@ -109,12 +109,12 @@ class Decoder(nn.Module):
             x = select(x, context.at)
         return self.norm(x), None if cache is None else Cache(cache.used + tokens.shape[-1], tuple(caches))
 
-    def compile_blocks(self) -> None:
-        """To one program for all blocks of a kind, and one for what is before and after them; without dropout only, which differs from block to block."""
-        self._embedded = torch.compile(self._embedded, dynamic=False, fullgraph=True)
+    def compile_blocks(self, **choices: Any) -> None:
+        """To one program for all blocks of a kind, and one each for what is before and after; ``choices`` are torch.compile's."""
+        self._embedded = torch.compile(self._embedded, **choices)
         for part in (*self.blocks, self.norm):
             if not isinstance(part, nn.Identity):
-                part.compile(dynamic=False, fullgraph=True)
+                part.compile(**choices)
 
     def _embedded(self, tokens: Tensor, context: Context, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
         """What the first block reads, [*L, B, T, D], and the context's ``turns``."""

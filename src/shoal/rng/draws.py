@@ -10,6 +10,7 @@ and initial values are drawn on the CPU for that.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from zlib import crc32
 
 import torch
@@ -20,6 +21,7 @@ SALT = 0x2545F491
 MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 MIX_2 = 0x94D049BB133111EB - (1 << 64)
 BIT = 1 << 62
+HAS_TRITON = find_spec("triton") is not None
 
 
 def _shift(x: Tensor, by: int) -> Tensor:
@@ -101,7 +103,7 @@ def shuffled(key: Tensor, index: Tensor, n: Tensor | int, rounds: int = 24) -> T
     x is paired with (k - x) mod n and the pair is swapped or not by one bit, so every round, and the whole, is a bijection for any n.
     A batch needs only its own few indices, so this is a pure function of the step where an argsort would need an epoch's state.
     """
-    if index.is_cuda:
+    if index.is_cuda and HAS_TRITON:
         sizes = n if isinstance(n, Tensor) else torch.full_like(index, n)  # filled there: no host waits, nothing is copied
         return _one_kernel(*(x.contiguous() for x in torch.broadcast_tensors(key, index, sizes)), rounds)
     pivots = _scale(bits(fold(key, 0), rounds), n[..., None] if isinstance(n, Tensor) else n)

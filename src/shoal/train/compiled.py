@@ -1,7 +1,8 @@
 """Which programs a fleet's functions are compiled to, whole or a deep model block by block.
 
 Compiling is most of the wait before a compiled fleet's first step, and for a model as a whole it takes as many times what one block takes as there are
-blocks. Blocks that are alike share one program instead, which is given each one's parameters; nothing is computed across their borders anyway.
+blocks. Blocks that are alike share one program instead, which is given each one's parameters; what a compiler joins
+across their borders is a sum and a norm.
 Not here: what is replayed without Python (``capture``).
 """
 
@@ -18,7 +19,8 @@ from shoal.contracts import Batch, Context, Objective, Sums
 from shoal.models.decoder import Decoder
 from shoal.train.diffusion import masked_diffusion
 
-CHAINS = {"realize_opcount_threshold": 8}  # of a compiler: a shuffle's rounds use each other thrice, and written into each other grow to 40 s of compiling
+CHOICES: Any = {"dynamic": False, "fullgraph": True}
+CHAINS = {"realize_opcount_threshold": 8}  # on a CPU: a shuffle's rounds use each other thrice, and written into each other grow to 40 s of compiling
 FEW = 20  # evaluations, for which a program for each split is not worth some 10 s of compiling
 DEEP = 3  # blocks: of fewer, little is saved
 VERSIONS = 64  # of one function: a block with and without gradients, at all positions and at the scored ones, of each kind of mixer
@@ -36,14 +38,14 @@ def plainly() -> AbstractContextManager[None]:
 
 
 def compiled(function: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+    return torch.compile(function, **CHOICES, options=options)
 
 
 def compiled_objective(objective: Objective, model: Any) -> Objective:
     """The same sums. Whole, unless the model is deep and its blocks can share: with dropout each draws at a place of its own."""
     if not isinstance(model, Decoder) or len(model.blocks) < DEEP or model.rate is not None or objective is masked_diffusion:
         return compiled(objective)
-    model.compile_blocks()
+    model.compile_blocks(**CHOICES)
     score = compiled(lambda model, hidden, batch: objective(_Finished(model, hidden), batch, None))
 
     def by_block(model: Any, batch: Batch, key: Tensor | None) -> Sums:
