@@ -40,6 +40,7 @@ from shoal.contracts import Context
 from shoal.data.encoded import Encoded
 from shoal.tasks import language
 from shoal.train.capture import Captured
+from shoal.train.compiled import Finished
 from shoal.train.fleet import Fleet
 from shoal.train.flops import Counts, counts
 
@@ -253,40 +254,23 @@ def seconds_of(function: Callable[[], Any], device: str, repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-class Known(nn.Module):
-    """A model whose hidden states are there already: what is left of its objective is head and loss."""
-
-    def __init__(self, model: Any, hidden: Tensor) -> None:
-        super().__init__()
-        self.model, self.hidden = model, hidden
-
-    def forward(self, tokens: Tensor, context: Context) -> tuple[Tensor, None]:
-        return self.hidden, None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden)
-
-    def linear_head(self) -> Any:
-        return self.model.linear_head()
-
-
 def where(fleet: Fleet, args: argparse.Namespace) -> dict[str, float]:
     """Seconds of a whole step, and of its parts alone, each forward and backward as it is in a step (mixers with their projections, all layers together)."""
     config, model = fleet.config, fleet.model
     batch = fleet._draw(fleet.tables, fleet.order_key, fleet.clock, config.batch_size)
-    sums, grads = fleet._gradients(batch)
+    sums, grad = fleet._gradients(batch)
     nobody = torch.zeros_like(fleet.status, dtype=torch.bool)
     width, num_layers = config.model.width, config.model.num_layers  # pyright: ignore[reportAttributeAccessIssue]
     hidden = torch.randn(*batch.tokens.shape, width, device=fleet.device, dtype=fleet.weights.dtype).requires_grad_()
     block: Any = next(iter(model.blocks))  # pyright: ignore
     mixer, feed_forward = fleet._compiled(lambda x: block.mixer(x, Context())[0]), fleet._compiled(lambda x: block.feed_forward(x))
-    known = Known(model, hidden)
+    known = Finished(model, hidden)
 
     def both(function: Callable[[], Tensor], module: nn.Module) -> Callable[[], Any]:
         asked = [p for p in module.parameters() if p.requires_grad]
         return lambda: torch.autograd.grad(function().sum(), [hidden, *asked], allow_unused=True)
 
-    update = (fleet.optimizer, fleet.asked, fleet.layout, fleet.flat, fleet.weights, fleet.state, grads, sums, fleet.hyper, fleet.clip, fleet.clock, nobody)
+    update = (fleet.optimizer, fleet.asked, fleet.layout, fleet.flat, fleet.weights, fleet.state, grad, sums, fleet.hyper, fleet.clip, fleet.clock, nobody)
     parts = {
         "data": lambda: fleet._draw(fleet.tables, fleet.order_key, fleet.clock, config.batch_size),
         "head and loss": both(lambda: fleet._objective(known, batch, None).loss, model),

@@ -12,6 +12,7 @@ from laws_training import CORPUS, MODULAR, SMALL, finished
 from torch._dynamo.utils import counters
 
 from shoal.config import LanguageConfig, RunConfig, with_seed
+from shoal.train import compiled
 from shoal.train import fleet as fleets
 from shoal.train.fleet import Fleet
 
@@ -63,7 +64,8 @@ def test_many_evaluations_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert programs(few, monkeypatch)[1] == fewer + 1 and programs(many, monkeypatch)[1] > less
 
 
-def test_whole_where_blocks_differ_or_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    for run in (deep(MODULAR, 2), deep(replace(MODULAR, model=replace(SMALL, dropout=0.1)), 3)):
+def test_whole_where_blocks_differ_or_are_few_or_training_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "LONG", 10)
+    for run in (deep(MODULAR, 2), deep(replace(MODULAR, model=replace(SMALL, dropout=0.1)), 3), replace(deep(MODULAR, 3), steps=11)):
         fleet, count = programs(run, monkeypatch)
         assert all(part._compiled_call_impl is None for part in fleet.model.modules()) and count == 3

@@ -319,8 +319,8 @@ def test_egalitarian_step() -> None:
     base = replace(LOW, gradient=Gradient(direction="egalitarian"), optimizer=SGD(lr=0.25), steps=1)
     fleet = Fleet.build([with_seed(base, r) for r in range(R)])
     before, batch = fleet.flat.clone(), fleet.task.batch(fleet.tables, fleet.order_key, torch.tensor(0), 32)
-    sums, grads = fleet._gradients(batch)
-    grads = dict(zip(fleet.parameters, [g / sums.weight.view(-1, *[1] * (g.ndim - 1)) for g in grads], strict=True))
+    sums, grad = fleet._gradients(batch)
+    grads = fleet.layout.views(grad / sums.weight.unsqueeze(-1))
     fleet.advance(1)
     for name, change in fleet.layout.views((before - fleet.flat) / 0.25).items():
         for r in range(R):

@@ -1,8 +1,8 @@
 """Which programs a fleet's functions are compiled to, whole or a deep model block by block.
 
 Compiling is most of the wait before a compiled fleet's first step, and for a model as a whole it takes as many times what one block takes as there are
-blocks. Blocks that are alike share one program instead, which is given each one's parameters; what a compiler joins
-across their borders is a sum and a norm.
+blocks. Blocks that are alike share one program instead, which is given each one's parameters. What a compiler joins
+across their borders, a sum and a norm, is then read once more: some 5 % of a step's memory traffic.
 Not here: what is replayed without Python (``capture``).
 """
 
@@ -23,6 +23,7 @@ CHOICES: Any = {"dynamic": False, "fullgraph": True}
 CHAINS = {"realize_opcount_threshold": 8}  # on a CPU: a shuffle's rounds use each other thrice, and written into each other grow to 40 s of compiling
 FEW = 20  # evaluations, for which a program for each split is not worth some 10 s of compiling
 DEEP = 3  # blocks: of fewer, little is saved
+LONG = 10_000  # steps after which twentieths of a step are more than what is saved
 VERSIONS = 64  # of one function: a block with and without gradients, at all positions and at the scored ones, of each kind of mixer
 
 
@@ -41,12 +42,13 @@ def compiled(function: Callable[..., Any], options: dict[str, Any] | None = None
     return torch.compile(function, **CHOICES, options=options)
 
 
-def compiled_objective(objective: Objective, model: Any) -> Objective:
-    """The same sums. Whole, unless the model is deep and its blocks can share: with dropout each draws at a place of its own."""
-    if not isinstance(model, Decoder) or len(model.blocks) < DEEP or model.rate is not None or objective is masked_diffusion:
+def compiled_objective(objective: Objective, model: Any, steps: int) -> Objective:
+    """The same sums. Whole, unless the model is deep, the training short, and blocks can share: with dropout each draws at a place of its own."""
+    alike = isinstance(model, Decoder) and model.rate is None and objective is not masked_diffusion
+    if not alike or len(model.blocks) < DEEP or steps > LONG:
         return compiled(objective)
     model.compile_blocks(**CHOICES)
-    score = compiled(lambda model, hidden, batch: objective(_Finished(model, hidden), batch, None))
+    score = compiled(lambda model, hidden, batch: objective(Finished(model, hidden), batch, None))
 
     def by_block(model: Any, batch: Batch, key: Tensor | None) -> Sums:
         hidden, _ = model(batch.tokens, Context(mask=batch.mask, at=batch.at, key=key))
@@ -55,10 +57,10 @@ def compiled_objective(objective: Objective, model: Any) -> Objective:
     return by_block
 
 
-class _Finished:
+class Finished:
     """A model that has been called: its hidden states, and its head."""
 
-    def __init__(self, model: Decoder, hidden: Tensor) -> None:
+    def __init__(self, model: Any, hidden: Tensor) -> None:
         self.model, self.hidden = model, hidden
 
     def __call__(self, tokens: Tensor, context: Context) -> tuple[Tensor, None]:

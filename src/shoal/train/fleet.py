@@ -129,7 +129,7 @@ class Fleet:
         if self.compile:
             restart()
         objective, plain = OBJECTIVES[self.config.objective], not self.compile or isinstance(self.model, Encoder)  # a library's code is captured as it is
-        self._objective = objective if plain else compiled_objective(objective, self.model)
+        self._objective = objective if plain else compiled_objective(objective, self.model, self.last_step)
         self._draw, self._update = self._compiled(faults.drawing(self.config.fault, self.task), CHAINS), self._compiled(_update)
         self._disturbed = self._compiled(interventions.disturbed)
         self.length: int | None = None  # what the next step's batch is padded to; None where all have one length
