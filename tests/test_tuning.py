@@ -57,6 +57,17 @@ def test_every_setting_then_the_best_of_each_cell_on_fresh_seeds(tmp_path: Path)
     assert len(TUNING.fresh(rows)) == 12 and len(TUNING.tried(rows)) == 24 and set(TUNING.fresh(rows).column("seeds.split")) == {7, 8, 9}
 
 
+def test_a_cell_goes_on_as_soon_as_all_that_compete_for_it_are_there(tmp_path: Path) -> None:
+    """Of any part of the rows: no cell before its last one, and the same fresh runs as when all are there."""
+    first = TUNING.wanted(CONFIG, Rows())
+    _, rows = invented(tmp_path, [(run, at(run)) for run in first], every=10)
+    fresh = TUNING.wanted(CONFIG, rows)[len(first) :]
+    for lacking in range(len(rows)):
+        few = TUNING.wanted(CONFIG, Rows([row for place, row in enumerate(rows) if place != lacking]))[len(first) :]
+        cell = (rows[lacking]["variant"].removesuffix(" tried"), rows[lacking][WD])
+        assert few == [run for run in fresh if (run.variant, run.optimizer.wd) != cell], "only the one that is not complete"  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_the_first_of_equals(tmp_path: Path) -> None:
     first = TUNING.wanted(CONFIG, Rows())
     _, rows = invented(tmp_path, [(run, math.inf) for run in first])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -15,7 +16,9 @@ import pytest
 
 import shoal
 from shoal.config.fields import ConfigError
+from shoal.results.store import Store
 from shoal.studies import measuring, sanity
+from shoal.studies.tuning import Tuning, without
 from shoal.studies.workers import together
 
 RUN = shoal.RunConfig(
@@ -44,6 +47,28 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
             np.testing.assert_allclose(a.curve(metric)[1], b.curve(metric)[1], rtol=1e-4)
     run = apart.load(alone.rows[0]["id"])
     assert run.snapshots == (0, 5) and run.at(5).config == run.config
+
+
+def test_a_study_that_can_tell_goes_on_before_all_have_finished(tmp_path: Path) -> None:
+    """The deep variant trains for long; the other's fresh seeds begin before it has finished. Results and their order are those of stage after stage."""
+    tuning = Tuning(seeds=(50,), reported=without("optimizer.lr"), order=lambda rows: (float(rows.column("final.val/loss").mean()),), suffix=" tried")
+    long, short = {"model.num_layers": 2, "steps": 600}, {"model.num_layers": 1}
+    config = shoal.StudyConfig(run=RUN, variants={"long": long, "short": short}, grid={"optimizer.lr": [1e-3, 1e-2]}, seeds=2)
+    plain = replace(study(), wanted=lambda rows: tuning.wanted(config, rows))
+    staged = shoal.run(plain, tmp_path / "staged", progress=False, device="cpu")
+    for workers in (1, 2):
+        place = tmp_path / str(workers)
+        eager = shoal.run(replace(plain, eager=True), place, progress=False, device="cpu", workers=workers)
+        assert [row["id"] for row in eager.rows] == [row["id"] for row in staged.rows] and len(eager.rows) == 2 * 2 + 2 * 2
+        for a, b in zip(staged.rows, eager.rows, strict=True):
+            np.testing.assert_allclose(a.curve("val/loss")[1], b.curve("val/loss")[1], rtol=1e-4)
+        names = {fleet["runs"][0]["config"]["variant"]: place / "fleets" / fleet["id"] for fleet in Store.read(place).fleets()}
+        assert names.keys() == {"long tried", "short tried", "long", "short"}
+        early = (names["short"] / "fleet.json").stat().st_mtime < (names["long tried"] / "done").stat().st_mtime
+        assert early == (workers == 2), "alone, a fleet follows when its turn comes"
+        shutil.rmtree(names["short"])  # as if stopped before it
+        again = shoal.run(replace(plain, eager=True), place, progress=False, device="cpu", workers=workers)
+        assert [row["id"] for row in again.rows] == [row["id"] for row in staged.rows]
 
 
 def test_workers_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +128,23 @@ def test_interrupting_lets_workers_save(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         together(_job, [(tmp_path, 10), (tmp_path, 4)], 2, "cpu")
     assert (tmp_path / "saved").exists()
+
+
+def _short(directory: Path, number: int) -> None:
+    (directory / f"{number} by {os.getpid()}").touch()
+
+
+def test_jobs_that_follow(tmp_path: Path) -> None:
+    """From each job two more up to number 14: all are done, once, by the workers that are there."""
+    done: list[int] = []
+
+    def follow(job: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        done.append(job[1])
+        return [(tmp_path, number) for number in (2 * job[1] + 1, 2 * job[1] + 2) if number < 15]
+
+    together(_short, [(tmp_path, 1), (tmp_path, 2)], 2, "cpu", follow)
+    names = [path.name.split(" by ") for path in tmp_path.iterdir()]
+    assert sorted(done) == sorted(int(number) for number, _ in names) == list(range(1, 15)) and len({process for _, process in names}) <= 2
 
 
 def test_one_worker_at_least(tmp_path: Path) -> None:

@@ -55,6 +55,6 @@ def test_bfloat16_compiled() -> None:
 def test_what_fails_is_explained(name: str, compiled: str, message: str, tmp_path: Path) -> None:
     run = replace(MODULAR, model=ModuleConfig(module=f"own_models:{name}"), steps=4)
     assert name in vars(own_models)
-    study = driver._single("mine", "val/loss", run.evaluate, [run])
+    study = driver._single("mine", "val/loss", run.evaluate, [run], text=False)
     with pytest.raises(ConfigError, match=message):
         driver.run(study, tmp_path / "out", device="cuda", compile=compiled, progress=False)

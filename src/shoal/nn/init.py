@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shoal import rng
 
 Scale = float | Sequence[float]  # one for all runs, or one per run
+PIECE = 1 << 16  # numbers drawn at once: their integers stay in a core's cache, four times as fast as from memory
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def initialise(module: nn.Module, rules: Sequence[tuple[str, Distribution]], see
         _fill(parameter, name, rule, seeds)
 
 
-def _fill(parameter: Tensor, name: str, rule: Distribution, seeds: Tensor, piece: int = 1 << 24) -> None:
+def _fill(parameter: Tensor, name: str, rule: Distribution, seeds: Tensor) -> None:
     if isinstance(rule, Constant):
         parameter.fill_(rule.value)
         return
@@ -66,21 +67,22 @@ def _fill(parameter: Tensor, name: str, rule: Distribution, seeds: Tensor, piece
         for row, seed in zip(rows, seeds.tolist(), strict=True):
             row.copy_(rule.values(name, seed).flatten())
         return
+    draw, scale = (normal, rule.std) if isinstance(rule, Normal) else (_symmetric, rule.bound)
+    keys, scales = rng.key(seeds, f"init {name}"), torch.tensor(scale).expand(len(seeds)).view(-1, 1)
     num_values = rows.shape[1]
-    keys = rng.key(seeds, f"init {name}")
-    scale = torch.tensor(rule.std if isinstance(rule, Normal) else rule.bound).expand(len(seeds)).view(-1, 1)
-    at_once = max(1, piece // num_values)  # runs drawn together: bounds the memory of a fleet of a thousand
-    for start in range(0, len(seeds), at_once):
-        runs = slice(start, start + at_once)
-        values = (normal if isinstance(rule, Normal) else _symmetric)(keys[runs], num_values) * scale[runs]
-        rows[runs].copy_(values)
+    many = max(1, PIECE // num_values)  # runs at once
+    for run in range(0, len(seeds), many):
+        runs = slice(run, run + many)
+        for first in range(0, num_values, PIECE):
+            size = min(PIECE, num_values - first)
+            rows[runs, first : first + size] = draw(keys[runs], size, first) * scales[runs]
 
 
-def _symmetric(key: Tensor, n: int) -> Tensor:
-    return rng.uniform(key, n) * 2 - 1
+def _symmetric(key: Tensor, n: int, first: int = 0) -> Tensor:
+    return rng.uniform(key, n, first) * 2 - 1
 
 
-def normal(key: Tensor, n: int) -> Tensor:
-    """float32 [..., n] standard normals from int64 [...] keys (Box, Muller 1958)."""
-    radius = (-2 * torch.log1p(-rng.uniform(rng.fold(key, 0), n))).sqrt_()  # 1 - u lies in (0, 1]
-    return radius.mul_((2 * math.pi * rng.uniform(rng.fold(key, 1), n)).cos_())
+def normal(key: Tensor, n: int, first: int = 0) -> Tensor:
+    """float32 [..., n] standard normals from int64 [...] keys (Box, Muller 1958): numbers ``first`` to first + n - 1 of each key's."""
+    radius = (-2 * torch.log1p(-rng.uniform(rng.fold(key, 0), n, first))).sqrt_()  # 1 - u lies in (0, 1]
+    return radius.mul_((2 * math.pi * rng.uniform(rng.fold(key, 1), n, first)).cos_())

@@ -52,14 +52,14 @@ def key(seed: Tensor, purpose: str, step: Tensor | int = 0) -> Tensor:
     return fold(_mix(_mix(seed) ^ _signed(crc32(purpose.encode()) * GOLDEN)), step)
 
 
-def bits(key: Tensor, n: int) -> Tensor:
-    """[...] keys -> int64 [..., n], all 64 bits random."""
-    return fold(key[..., None], torch.arange(n, device=key.device))
+def bits(key: Tensor, n: int, first: int = 0) -> Tensor:
+    """[...] keys -> int64 [..., n], all 64 bits random: numbers ``first`` to first + n - 1 of each key's."""
+    return fold(key[..., None], torch.arange(first, first + n, device=key.device))
 
 
-def uniform(key: Tensor, n: int) -> Tensor:
+def uniform(key: Tensor, n: int, first: int = 0) -> Tensor:
     """float32 [..., n] in [0, 1), multiples of 2**-24: exact in float32, so equal on every device."""
-    return _shift(bits(key, n), 40).to(torch.float32) * 2.0**-24
+    return _shift(bits(key, n, first), 40).to(torch.float32) * 2.0**-24
 
 
 def quarters(key: Tensor, n: int) -> Tensor:

@@ -161,6 +161,8 @@ def wanted(config: StudyConfig, tuning: Tuning, rows: Rows) -> list[RunConfig]:
         return repr(flatten(with_values(run, {LR: 0.0, "variant": "", **mixer(BASE)})))
 
     rates = {same(run): flatten(run)[LR] for run in runs if run.variant == BASE}
+    if BASE in config.variants:
+        runs = [run for run in runs if run.variant != RENORMALISED or same(run) in rates]
     return [with_values(run, {LR: rates.get(same(run), flatten(run)[LR])}) if run.variant == RENORMALISED else run for run in runs]
 
 
@@ -240,6 +242,7 @@ def study(config: StudyConfig) -> Study:
         main_metric=LOSS,
         config=config,
         wanted=lambda rows: wanted(config, tuning, rows),
+        eager=True,
         measures={
             "pairs": tuning.measure(pairs),
             "beyond": tuning.measure(measures.beyond),

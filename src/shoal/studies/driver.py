@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ from shoal.results.wording import plural
 from shoal.studies.measuring import measure, remade
 from shoal.studies.progress import FleetProgress
 from shoal.studies.study import Study
-from shoal.studies.workers import together
+from shoal.studies.workers import Job, together
 from shoal.train import checkpoint
 from shoal.train.device import find_device
 from shoal.train.fleet import Fleet, Table, joined
@@ -94,32 +95,52 @@ def run(
     check(workers >= 1, "workers", f"must be 1 or more, not {workers}")
     new = _wanted(study, Rows())
     check(bool(new), "study", f"{study.name} wants no runs; give at least one seed and one value for every grid field")
-    notes = _check(study, new.values(), device)
+    notes = _check(study, new.values(), device, told := set())
     command = command or f"shoal.run(study, {str(out)!r})  # Python, with the study's definition"
     store = Store.open(out, _record(study, list(new.values()), device, preset, command))
     with store.lock(), FleetProgress(progress) as shown:
         asked: dict[str, RunConfig] = {}
-        while new:
-            asked |= new
+        num_fleets = 0
+
+        def planned(new: dict[str, RunConfig], notes: Sequence[str], after: tuple[int, ...]) -> list[Job]:
+            """Jobs for what is new; ``after``: of the place in reports, what stands before the fleet's number."""
+            nonlocal num_fleets
             groups = plan(new.values(), largest)
             there = len(new.keys() & _trained(store))
             begun = f", {'all' if there == len(new) else there} trained already" if there else ""
             for note in (*notes, f"{study.name}: {plural(len(new), 'run')} in {plural(len(groups), 'fleet')} on {device}{begun}; results go to {out}"):
                 shown.note(note)
-            jobs = [
-                (store.directory, group, device, COMPILE[compile], progress, f"fleet {number + 1}/{len(groups)}", (len(asked), number))
-                for number, group in enumerate(groups)
-            ]
+            names = [f"fleet {num_fleets + number + 1}/{num_fleets + len(groups)}" for number in range(len(groups))]
+            asked.update(new)
+            num_fleets += len(groups)
+            return [(store.directory, group, device, COMPILE[compile], progress, names[i], (*after, i)) for i, group in enumerate(groups)]
+
+        def unasked(rows: Rows) -> dict[str, RunConfig]:
+            return {identity: config for identity, config in _wanted(study, rows).items() if identity not in asked}
+
+        def follow(job: Job) -> list[Job]:
+            """What follows from a fleet that has finished, where a study can tell before the others have."""
+            if not study.eager:
+                return []
+            new = unasked(Rows([row for row in store.rows() if row["id"] in asked and row["status"] != "running"]))
+            first, *rest = job[-1]
+            return planned(new, _check(study, new.values(), device, told), (first + 1, *rest)) if new else []
+
+        while new:
+            jobs = planned(new, notes, (len(asked) + len(new),))
             if workers > 1 and len(jobs) > 1:
-                together(_complete_apart, jobs, workers, device)
+                together(_complete_apart, jobs, workers, device, follow)
             else:
-                for _, group, _, compiled, _, name, order in jobs:
+                waiting = deque(jobs)
+                while waiting:
+                    job = waiting.popleft()
+                    _, group, _, compiled, _, name, order = job
                     _complete(store, group, device, compiled, shown, name, order)
+                    waiting += follow(job)
             measure(store, study, asked, workers, device)
             # A stage sees the rows of the stages before it and no others, so a resumed study asks for what an uninterrupted one asks for.
-            so_far = Rows([row for row in store.rows() if row["id"] in asked])
-            new = {identity: config for identity, config in _wanted(study, so_far).items() if identity not in asked}
-            notes = _check(study, new.values(), device)
+            new = unasked(Rows([row for row in store.rows() if row["id"] in asked]))
+            notes = _check(study, new.values(), device, told)
         return _report(store, study)
 
 
@@ -191,8 +212,8 @@ def _wanted(study: Study, rows: Rows) -> dict[str, RunConfig]:
     return {run_id(config): config for config in runs}
 
 
-def _check(study: Study, runs: Collection[RunConfig], device: str) -> list[str]:
-    """Whatever these runs have wrong, found before a file is written; and what a reader should be told about their data."""
+def _check(study: Study, runs: Collection[RunConfig], device: str, told: set[str]) -> list[str]:
+    """Whatever these runs have wrong, found before a file is written; and what a reader should be told about their data and has not been ``told``."""
     kinds = {(c.task, c.model, type(c.optimizer), c.objective, c.gradient, c.weights, c.batch_size, c.precision, c.evaluate, c.stop_metric): c for c in runs}
     for config in kinds.values():
         validate(config, device)
@@ -212,7 +233,9 @@ def _check(study: Study, runs: Collection[RunConfig], device: str) -> list[str]:
             fix = f"raise task.{split.partition(':')[0]}_fraction, or " if isinstance(config.task, ModularConfig) else ""
             check(some, "evaluate", f"there are no {split} rows; {fix}leave {split} out of evaluate")
         notes += [f"note: {note}" for note in task.describe(tables, 0).get("notes", ())]
-    return list(dict.fromkeys(notes))
+    new = [note for note in dict.fromkeys(notes) if note not in told]
+    told.update(new)
+    return new
 
 
 def _trained(store: Store) -> set[str]:

@@ -14,7 +14,7 @@ from shoal.config import AdamW, EncoderConfig, RunConfig, SentencesConfig, Study
 from shoal.finetune import tested
 from shoal.finetune.baselines import BAG, PROBE
 from shoal.results.claims import Claim, Sample
-from shoal.results.rows import Rows, row_key
+from shoal.results.rows import Rows
 from shoal.results.wording import number
 from shoal.studies import finetune_report as shown
 from shoal.studies.study import Study, about, cells
@@ -110,25 +110,21 @@ TUNING = Tuning(seeds=TUNING_SEEDS, reported=_reported, order=order)
 def wanted(config: StudyConfig, rows: Rows) -> list[RunConfig]:
     """What competes goes first on the tuning seed; then the best of each group, for as many steps as were best, on fresh seeds. What has no rival goes there at
     once. Under a constant learning rate a run's evaluations are the ends of shorter runs, so the number of epochs is chosen along one run."""
-    groups: dict[str, list[tuple[dict[str, Any], RunConfig]]] = {}
-    for told, run in config.settings():
-        groups.setdefault(repr(_reported(told)), []).append((told, run))
     runs = []
-    for group in groups.values():
+    for group in TUNING.rivals(config):
         rivals = len(group) > 1
         if rivals:
             runs += [with_seed(run, seed) for _, run in group for seed in TUNING.seeds]
-        if rows or not rivals:
-            run = _best(config, group, rows) if rivals else group[0][1]
+        tried = TUNING.results(group, rows) if rivals else []
+        if tried or not rivals:
+            run = _best(config, group, tried) if rivals else group[0][1]
             runs += [with_seed(replace(run, variant=group_of(run.variant)), config.first_seed + s) for s in range(config.seeds)]
     return runs
 
 
-def _best(config: StudyConfig, group: Sequence[tuple[dict[str, Any], RunConfig]], rows: Rows) -> RunConfig:
-    tried = TUNING.tried(rows)
-    parts = [tried.where({row_key(path): value for path, value in told.items()}) for told, _ in group]
-    best = min(range(len(group)), key=lambda place: order(parts[place]))
-    run, (steps, values) = group[best][1], shown.course(parts[best])
+def _best(config: StudyConfig, group: Sequence[tuple[dict[str, Any], RunConfig]], tried: Sequence[Rows]) -> RunConfig:
+    best = min(range(len(group)), key=lambda place: order(tried[place]))
+    run, (steps, values) = group[best][1], shown.course(tried[best])
     constant = run.schedule.kind == "constant" and run.schedule.warmup == 0
     return replace(run, steps=int(steps[values.argmax()])) if constant and steps.size and "steps" not in config.grid else run
 
@@ -185,6 +181,7 @@ def study(config: StudyConfig) -> Study:
         main_metric=VAL,
         config=config,
         wanted=lambda rows: wanted(config, rows),
+        eager=True,
         measures={
             "test": TUNING.measure(tested.accuracy),  # which is so looked at once
             "baselines": TUNING.measure(tested.beside),

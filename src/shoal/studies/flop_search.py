@@ -178,6 +178,7 @@ def study(config: StudyConfig) -> Study:
         main_metric=LOSS,
         config=config,
         wanted=lambda rows: TUNING.wanted(config, rows),
+        eager=True,
         measures={"pairs": TUNING.measure(pairs), "final configuration": TUNING.measure(partial(final, seed=config.first_seed))},
         tables=[
             TUNING.of_fresh(perplexities(by)),

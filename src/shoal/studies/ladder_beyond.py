@@ -219,6 +219,7 @@ def study(config: StudyConfig) -> Study:
         main_metric=LOSS,
         config=config,
         wanted=lambda rows: tuning.wanted(config, rows),
+        eager=True,
         measures={"pairs": tuning.measure(pairs), "parsed": tuning.measure(parsed), "samples": tuning.measure(partial(samples, seed=config.first_seed))},
         figures=[
             tuning.of_fresh(spent(by)),

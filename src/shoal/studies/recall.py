@@ -173,6 +173,7 @@ class Recall:
             main_metric=METRIC,
             config=self.config,
             wanted=lambda rows: self.tuning.wanted(self.config, rows),
+            eager=True,
             measures={name: self.tuning.measure(of) for name, of in {"lengths": self._lengths, **(measures or {})}.items()},
             figures=[of_fresh(self._profile(by)), *map(of_fresh, figures), *self._training()],
             tables=[*map(of_fresh, tables), recall_tables.chosen(self.tuning, by), *map(of_fresh, last)],

@@ -27,6 +27,7 @@ class Study:
     question: str
     main_metric: str  # of an evaluation, e.g. "val/accuracy": what the report leads with and what "the best run" means
     wanted: Wanted  # pure; called with all rows so far until it asks for nothing new
+    eager: bool = False  # ``wanted`` may also be called with a part of what it has named: it then names no run before all that the run follows from is there
     measures: Mapping[str, Measure] = field(default_factory=dict)  # after training: samples, lengths, maps
     timed: Collection[str] = ()  # the measures whose result is a time: taken one after another, with nothing beside them
     figures: Sequence[Figure] = ()

@@ -1,12 +1,12 @@
 """Two stages: every setting on seeds that are never reported, then the best of each cell on fresh ones. What is chosen as best is not judged by what chose it.
 
 tuning = Tuning(seeds=(1000, 1001), reported=without("optimizer.lr"), order=order, suffix=" (tuning)")
-Study(..., wanted=lambda rows: tuning.wanted(config, rows), figures=[tuning.of_fresh(curves("test/accuracy", by=by))])
+Study(..., wanted=lambda rows: tuning.wanted(config, rows), eager=True, figures=[tuning.of_fresh(curves("test/accuracy", by=by))])
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -30,20 +30,28 @@ class Tuning:
     share: float = 1.0  # of its steps that a run on the tuning seeds makes, its schedule drawn together with it
 
     def wanted(self, config: StudyConfig, rows: Rows) -> list[RunConfig]:
-        """First every setting on the tuning seeds; then the best of each cell on the config's own, named as it is reported."""
+        """Every setting on the tuning seeds; and the best of each cell on the config's own, named as it is reported, once all that competed are in ``rows``."""
         settings = config.settings()
         runs = [with_seed(with_values(run, self.in_tuning({"variant": run.variant, "steps": run.steps})), seed) for _, run in settings for seed in self.seeds]
-        if not rows:
-            return runs
-        tuned = self.tried(rows)
-        groups: dict[str, list[tuple[Told, RunConfig]]] = {}
-        for told, run in settings:
-            groups.setdefault(repr(self.reported(told)), []).append((told, run))
-        for group in groups.values():
-            told, run = min(group, key=lambda one: self.order(tuned.where({row_key(path): value for path, value in self.in_tuning(one[0]).items()})))
-            best = with_values(run, self.reported(told))
-            runs += [with_seed(best, config.first_seed + s) for s in range(config.seeds)]
+        for group in self.rivals(config):
+            if tried := self.results(group, rows):
+                told, run = group[min(range(len(group)), key=lambda place: self.order(tried[place]))]
+                best = with_values(run, self.reported(told))
+                runs += [with_seed(best, config.first_seed + s) for s in range(config.seeds)]
         return runs
+
+    def rivals(self, config: StudyConfig) -> list[list[tuple[Told, RunConfig]]]:
+        """The settings, those that compete together."""
+        groups: dict[str, list[tuple[Told, RunConfig]]] = {}
+        for told, run in config.settings():
+            groups.setdefault(repr(self.reported(told)), []).append((told, run))
+        return list(groups.values())
+
+    def results(self, group: Sequence[tuple[Told, RunConfig]], rows: Rows) -> list[Rows]:
+        """Of each that competes its runs on the tuning seeds; nothing before all of them are there."""
+        tried = self.tried(rows)
+        parts = [tried.where({row_key(path): value for path, value in self.in_tuning(told).items()}) for told, _ in group]
+        return parts if all(len(part) >= len(self.seeds) for part in parts) else []
 
     def check(self, config: StudyConfig) -> None:
         """ConfigError where a reported seed is one of the tuning."""

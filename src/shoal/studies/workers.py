@@ -8,6 +8,7 @@ CPU the threads are shared out, which for small models is faster than one fleet 
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -23,22 +24,39 @@ from shoal.config.fields import ConfigError
 POLL = 0.5  # seconds between looks at whether all workers are alive
 
 
-def together(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], workers: int, device: str) -> None:
+Job = tuple[Any, ...]
+
+
+def together(work: Callable[..., None], jobs: Sequence[Job], workers: int, device: str, follow: Callable[[Job], Sequence[Job]] | None = None) -> None:
     """``work(*job)`` for every job, in spawned processes, in the order of the list. The first error ends the others' training after their
-    current chunk, as Ctrl-C does: each saves a checkpoint, so that nothing is lost, and the error is raised here."""
+    current chunk, as Ctrl-C does: each saves a checkpoint, so that nothing is lost, and the error is raised here.
+
+    ``follow``: called here with every job that is done; the jobs it gives go to the end of the list.
+    """
     context = multiprocessing.get_context("spawn")
     todo, told = context.Queue(), context.Queue()
-    for job in jobs:
-        todo.put(job)
+    given: list[Job] = []
+
+    def give(more: Sequence[Job]) -> None:
+        for job in more:
+            todo.put((len(given), job))
+            given.append(job)
+
+    give(jobs)
     num = min(workers, len(jobs))
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     threads, compilers = max(1, torch.get_num_threads() // num), max(1, (os.cpu_count() or 1) // num)
     processes = [context.Process(target=_worker, args=(work, todo, told, i % gpus if gpus else None, threads, compilers, os.getpid())) for i in range(num)]
     for process in processes:
-        todo.put(None)
         process.start()
     try:
-        _wait(processes, told)
+        done = 0
+        while done < len(given):
+            job = given[_next(processes, told)]
+            done += 1
+            give(follow(job) if follow else ())
+        for _ in processes:
+            todo.put(None)
     except BaseException:
         for process in processes:
             if process.is_alive():
@@ -49,22 +67,22 @@ def together(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], workers
             process.join()
 
 
-def _wait(processes: Sequence[Any], told: Any) -> None:
-    """Until every worker has said that it is done; an error one of them met is raised."""
-    left = len(processes)
-    while left:
+def _next(processes: Sequence[Any], told: Any) -> int:
+    """The number of the next job that is done; an error a worker met is raised."""
+    while True:
         if told.empty() and any(process.exitcode not in (None, 0) for process in processes):
             raise RuntimeError("a worker ended without a word (killed, perhaps for want of memory); the same command goes on from its last checkpoint")
         try:
-            error = told.get(timeout=POLL)
+            word = told.get(timeout=POLL)
         except queue.Empty:
             continue
-        if error is None:
-            left -= 1
-        elif isinstance(error, tuple):
-            raise ConfigError(*error)
-        else:
-            raise RuntimeError(f"in a worker:\n{error}")
+        if word is None:
+            raise KeyboardInterrupt
+        if isinstance(word, tuple):
+            raise ConfigError(*word)
+        if isinstance(word, str):
+            raise RuntimeError(f"in a worker:\n{word}")
+        return word
 
 
 def _worker(work: Callable[..., None], todo: Any, told: Any, gpu: int | None, threads: int, compilers: int, parent: int) -> None:
@@ -75,9 +93,19 @@ def _worker(work: Callable[..., None], todo: Any, told: Any, gpu: int | None, th
         torch.cuda.set_device(gpu)  # what "cuda" then means
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(compilers))  # else every worker starts one compiler for each core
     try:
-        while (job := todo.get()) is not None and os.getppid() == parent:
-            work(*job)
-        told.put(None)
+        while os.getppid() == parent:
+            try:
+                job = todo.get(timeout=POLL)
+            except queue.Empty:
+                continue
+            if job is None:
+                break
+            number, arguments = job
+            work(*arguments)
+            if gpu is not None:
+                gc.collect()
+                torch.cuda.empty_cache()  # for the neighbours: there may be nothing to do here for a while
+            told.put(number)
     except KeyboardInterrupt:
         told.put(None)
     except ConfigError as error:
