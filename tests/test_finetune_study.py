@@ -67,12 +67,27 @@ def test_stages(result: Any) -> None:
     assert [len(row["measures"]["mistakes"]) > 0 for row in fresh] == [row["seeds.split"] == 0 for row in fresh], "of the first seed alone"
 
 
-def test_epochs_are_chosen_only_where_a_run_holds_the_shorter_ones(result: Any) -> None:
+def test_a_run_holds_the_shorter_ones_only_where_its_rate_is_constant(tmp_path: Path) -> None:
+    """Where it falls, runs of several lengths compete, each by its end."""
+    variants = {f"head tuned (lr 0.1 epochs {steps})": {"model.frozen": True, "optimizer.lr": 0.1, "steps": steps} for steps in (2, 4, 6)}
+    config = override(finetune.quick(), TINY | {"variants": variants, "run.schedule.kind": "linear"})
+    study = finetune.study(config)
+    result = shoal.run(study, tmp_path, progress=False)
+    tried, fresh = finetune.TUNING.tried(result.rows), finetune.TUNING.fresh(result.rows)
+    ends = {row["steps"]: row["final.val/accuracy"] for row in tried}
+    assert [len(row.curve("val/accuracy")[0]) for row in tried] == [2, 3, 4]
+    best = min(ends, key=lambda steps: (-ends[steps], steps))
+    assert ends.keys() == {2, 4, 6} and {row["steps"] for row in fresh} == {best}
+    (table,) = [table for table in study.tables if table.name == "grid"]
+    lines = table.make(result.rows)
+    assert [line["chosen"] for line in lines].count("no") == 2 and all(line["best validation accuracy"] == line["at the end"] for line in lines)
+    _, steps, values = shown._column(tried)
+    assert dict(zip(steps.tolist(), values.tolist(), strict=True)) == ends and list(ends) == [2, 4, 6], "a line of the heat map for each length"
+
+
+def test_epochs_are_chosen_along_a_run(result: Any) -> None:
     config = override(finetune.quick(), TINY | {"variants": VARIANTS})
     assert finetune.wanted(config, Rows()) == [run for run in finetune.wanted(config, result.rows) if run.variant != "head tuned"]
-    decaying = override(config, {"run.schedule.kind": "linear"})
-    whole = [run.steps for run in finetune.wanted(decaying, result.rows) if run.variant == "head tuned"]
-    assert whole == [6, 6]
     varied = StudyConfig(run=config.run, variants=config.variants, grid={"steps": [6]}, seeds=1)
     assert {run.steps for run in finetune.wanted(varied, result.rows)} == {6}
     with pytest.raises(shoal.config.fields.ConfigError, match="seeds 1000 to 1000 are for tuning"):

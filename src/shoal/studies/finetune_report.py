@@ -50,9 +50,12 @@ def baseline(rows: Rows, name: str) -> NDArray[np.float64]:
 
 
 def course(rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Evaluated steps [m] and the validation accuracy there [m], the mean over the runs; without what came before any training."""
+    """Steps [m] a training could have had, and the validation accuracy after them [m], the mean over the runs: every evaluation but that before any training
+    where the learning rate is constant, so that each is the end of a shorter run; else the last."""
     curves = [dict(zip(*(x.tolist() for x in row.curve(VALIDATION)), strict=True)) for row in rows] or [{}]
     steps = sorted(set.intersection(*map(set, curves)) - {0})
+    if any(row["schedule.kind"] != "constant" or row["schedule.warmup"] > 0 for row in rows):
+        steps = [step for step in steps if step == rows[0]["steps"]]
     return np.array(steps, np.int64), np.array([[curve[step] for step in steps] for curve in curves], np.float64).mean(axis=0)
 
 
@@ -147,15 +150,16 @@ def chosen(tuning: Tuning, by: Sequence[str], group_of: Callable[[str], str]) ->
         if accuracies.size:
             told |= {"best validation accuracy": float(accuracies[best]), "at epoch": round(epochs(row, steps[best]), 2), "at the end": float(accuracies[-1])}
         same = {**values, "variant": group_of(row["variant"])}
-        took = [one for one in fresh if all(one.get(path) == value for path, value in same.items()) and (one[BATCH], one[LR]) == (row[BATCH], row[LR])]
+        same |= {path: row[path] for path in (BATCH, LR)}
+        took = [one for one in fresh.where(same) if one["steps"] in {row["steps"], *steps.tolist()}]
         rivals = Rows([one for one in tried if group_of(one["variant"]) == group_of(row["variant"])])
         at_edge = ", ".join(edges(rivals, {BATCH: row[BATCH], LR: row[LR]}))
         return told | {"chosen": "yes" + (f" (at the edge of {at_edge})" if at_edge else "") if took else "no"}
 
     text = (
-        "What competed, on one seed that is not reported: the best validation accuracy along each run and the epoch it came at. The best of those under one "
-        "name (before the bracket), stopped at that epoch, went to fresh seeds. Under a constant learning rate the evaluations of one run are the ends of "
-        "shorter runs, so epochs are no runs of their own."
+        "What competed, on one seed that is not reported. The best of those under one name (before the bracket) went to fresh seeds. Where the learning rate "
+        "changes, accuracies are of the run's end. Under a constant one its evaluations are the ends of shorter runs: the best of them is taken, and the "
+        "epoch it came at."
     )
     return Table("grid", make, text)
 
@@ -262,7 +266,8 @@ def by_epoch(metric: str, by: Sequence[str]) -> Figure:
                 best = int(np.argmin(trained))
                 axis.plot(at[best], middle[best], marker="o", markersize=7, markerfacecolor="none", markeredgecolor=colour, linestyle="", zorder=4)
                 notes.append(f"{name} {number(float(middle[best]), 3)} at {number(round(float(at[best]), 1))}")
-            axis.set_title(fill(f"{setting(values) or 'all runs'} (n = {len(part)})", 96 // columns) + f"\nbest: {'; '.join(notes)}", fontsize=8)
+            title = f"{setting(values) or 'all runs'} (n = {len(part)})", *(f"best of {note}" for note in notes)
+            axis.set_title("\n".join(fill(line, 120 // columns) for line in title), fontsize=8)
             scales(axis, False, False, [metric] if metric == "loss" else [])
             axis.set_xlabel("epochs" if i >= len(groups) - columns else "")
             axis.set_ylabel(metric if i % columns == 0 else "")
@@ -301,7 +306,8 @@ def grids(tuning: Tuning, config: StudyConfig, group_of: Callable[[str], str]) -
 
 
 def _grid(rows: Rows, paths: Sequence[str]) -> Drawing:
-    panels = [(values, [(part[0], *course(part)) for _, part in some.groups([LR]) if course(part)[0].size]) for values, some in rows.groups(paths)]
+    panels = [(values, [_column(part) for _, part in some.groups([LR])]) for values, some in rows.groups(paths)]
+    panels = [(values, [cell for cell in cells if cell[1].size]) for values, cells in panels]
     panels = [(values, cells) for values, cells in panels if cells][:PANELS]
     found = np.concatenate([values for _, cells in panels for *_, values in cells]) if panels else np.zeros(0)
     if not found.size:
@@ -335,6 +341,14 @@ def _grid(rows: Rows, paths: Sequence[str]) -> Drawing:
     bar = drawing.colorbar(ScalarMappable(norm, SCALE), ax=axes, aspect=30, pad=0.015, label="validation accuracy")
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     return drawing
+
+
+def _column(part: Rows) -> tuple[Row, NDArray[np.int64], NDArray[np.float64]]:
+    """Of all settings with one learning rate and batch size: one of their rows, the steps a training could have had, and the accuracies after them."""
+    courses = [course(some) for _, some in part.groups(["steps"])]
+    steps, values = (np.concatenate(x) for x in zip(*courses, strict=True))
+    place = steps.argsort(kind="stable")
+    return part[0], steps[place], values[place]
 
 
 def confusion(by: Sequence[str]) -> Figure:

@@ -19,7 +19,8 @@ from shoal.contracts import Batch, Context, Objective, Sums
 from shoal.models.decoder import Decoder
 from shoal.train.diffusion import masked_diffusion
 
-CHOICES: Any = {"dynamic": False, "fullgraph": True}
+OPTIONS = {"comprehensive_padding": False}  # torch 2.11 may give a tensor padded rows and then read it as if it had none: wrong numbers, and no error
+CHOICES: Any = {"dynamic": False, "fullgraph": True, "options": OPTIONS}
 CHAINS = {"realize_opcount_threshold": 8}  # on a CPU: a shuffle's rounds use each other thrice, and written into each other grow to 40 s of compiling
 FEW = 20  # evaluations, for which a program for each split is not worth some 10 s of compiling
 DEEP = 3  # blocks: of fewer, little is saved
@@ -39,7 +40,7 @@ def plainly() -> AbstractContextManager[None]:
 
 
 def compiled(function: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
-    return torch.compile(function, **CHOICES, options=options)
+    return torch.compile(function, **{**CHOICES, "options": OPTIONS | (options or {})})
 
 
 def compiled_objective(objective: Objective, model: Any, steps: int) -> Objective:
