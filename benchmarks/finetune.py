@@ -1,6 +1,6 @@
 """Sentences per second of a fine-tuned encoder beside Hugging Face's Trainer: the same weights, sentences, batch size, padding, learning rate and precision.
 
-    python benchmarks/finetune.py --device cpu --steps 8 --rows 300 --batch 16                     # a minute
+    python benchmarks/finetune.py --device cpu --train train.tsv --val dev.tsv --steps 8 --rows 300 --batch 16     # a minute
     python benchmarks/finetune.py --device cuda --precision bfloat16 --runs 1 3 --steps 400       # the GPU table
     python benchmarks/finetune.py --device cuda --accuracy 3 --epochs 3                            # the same accuracy? three seeds of each
 
@@ -33,7 +33,6 @@ from shoal.data import encoders
 from shoal.tasks.sentences import SentencesTask
 from shoal.train.fleet import Fleet
 
-TRAIN = Path(__file__).parents[2] / "shared" / "data" / "sst2" / "train.tsv"
 WARM = 3
 
 
@@ -41,9 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--encoder", default="minilm")
-    parser.add_argument("--train", default=str(TRAIN))
-    parser.add_argument("--val", default=str(TRAIN.with_name("dev.tsv")))
-    parser.add_argument("--rows", type=int, default=0, help="of the training file; 0 = all")
+    parser.add_argument("--train", default="hub:SetFit/sst2", help="as `shoal finetune` takes it")
+    parser.add_argument("--val", default="", help="where --train has none")
+    parser.add_argument("--rows", type=int, default=0, help="of a training file; 0 = all")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=5e-5)

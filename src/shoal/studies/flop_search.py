@@ -78,7 +78,7 @@ def full() -> StudyConfig:
     An earlier search, cut short, on the docstrings of one machine (2.7 million tokens, 2 seeds each): width 128 was better than 64 for every kind, and of
     AdamW's rates with the modern block the smallest tried, 0.002, was the best there.
     """
-    run = replace(base(1e15, evaluate_every=500, corpus="english", tokenizer="gpt2"), precision="bfloat16")
+    run = replace(base(1e15, evaluate_every=1_000, corpus="english", tokenizer="gpt2"), precision="bfloat16")
     rates = [(1e-3,), (2e-3,), (4e-3,), (8e-3,)]
     variants = settings([
         ("plain", plain, [(64, 4), (128, 4), (128, 8)], rates),
