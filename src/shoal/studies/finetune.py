@@ -71,7 +71,7 @@ def roberta(sentences: int = SST2, epochs: int = 0) -> StudyConfig:
 
 
 def _all(sentences: int, epochs: int, lrs: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """``epochs``: of every run; 0: as said above."""
+    """``epochs``: of every run; 0: EPOCHS of what competes, GIVEN_EPOCHS of the rest."""
     kinds = {name: {"optimizer.type": name.lower()} for name in ("AdamW", "SGD", "Adagrad")}
     once = _steps(sentences, GIVEN_BATCH, epochs or GIVEN_EPOCHS)
     given = {f"{name} {DEFAULTS}": {**kind, "optimizer.lr": GIVEN_LR, **once} for name, kind in kinds.items()}
@@ -139,7 +139,8 @@ def wanted(config: StudyConfig, rows: Rows) -> list[RunConfig]:
 def _best(config: StudyConfig, group: Sequence[tuple[dict[str, Any], RunConfig]], tried: Sequence[Rows]) -> RunConfig:
     best = min(range(len(group)), key=lambda place: order(tried[place]))
     run, (steps, values) = group[best][1], shown.course(tried[best])
-    return replace(run, steps=int(steps[values.argmax()])) if steps.size and "steps" not in config.grid else run
+    constant = run.schedule.kind == "constant" and run.schedule.warmup == 0
+    return replace(run, steps=int(steps[values.argmax()])) if constant and steps.size and "steps" not in config.grid else run
 
 
 def _test(rows: Rows, cell: Mapping[str, Any], variant: str) -> NDArray[np.float64]:

@@ -55,7 +55,7 @@ def course(rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     curves = [dict(zip(*(x.tolist() for x in row.curve(VALIDATION)), strict=True)) for row in rows] or [{}]
     steps = sorted(set.intersection(*map(set, curves)) - {0})
     if any(row["schedule.kind"] != "constant" or row["schedule.warmup"] > 0 for row in rows):
-        steps = [step for step in steps if step == rows[0]["steps"]]
+        steps = steps[-1:]
     return np.array(steps, np.int64), np.array([[curve[step] for step in steps] for curve in curves], np.float64).mean(axis=0)
 
 
