@@ -58,7 +58,7 @@ def initialise(module: nn.Module, rules: Sequence[tuple[str, Distribution]], see
         _fill(parameter, name, rule, seeds)
 
 
-def _fill(parameter: Tensor, name: str, rule: Distribution, seeds: Tensor) -> None:
+def _fill(parameter: Tensor, name: str, rule: Distribution, seeds: Tensor, piece: int = PIECE) -> None:
     if isinstance(rule, Constant):
         parameter.fill_(rule.value)
         return
@@ -70,11 +70,11 @@ def _fill(parameter: Tensor, name: str, rule: Distribution, seeds: Tensor) -> No
     draw, scale = (normal, rule.std) if isinstance(rule, Normal) else (_symmetric, rule.bound)
     keys, scales = rng.key(seeds, f"init {name}"), torch.tensor(scale).expand(len(seeds)).view(-1, 1)
     num_values = rows.shape[1]
-    many = max(1, PIECE // num_values)  # runs at once
+    many = max(1, piece // num_values)  # runs at once
     for run in range(0, len(seeds), many):
         runs = slice(run, run + many)
-        for first in range(0, num_values, PIECE):
-            size = min(PIECE, num_values - first)
+        for first in range(0, num_values, piece):
+            size = min(piece, num_values - first)
             rows[runs, first : first + size] = draw(keys[runs], size, first) * scales[runs]
 
 
