@@ -22,8 +22,6 @@ from torch import multiprocessing
 from shoal.config.fields import ConfigError
 
 POLL = 0.5  # seconds between looks at whether all workers are alive
-
-
 Job = tuple[Any, ...]
 
 
