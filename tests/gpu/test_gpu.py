@@ -3,7 +3,7 @@
     python -m pytest tests/gpu -m gpu        # about a minute on one H100, most of it compiling
 
 Three compiled fleets carry most of it: one by twenties and saved on the way, one by ones with a mate that dies, one resumed. Run it alone: processes side by
-side share the compiler's cache of what was fastest, and a fleet that finds another's choice differs in the last bits.
+side share the compiler's cache of what was fastest, and a fleet that finds another's choice may differ in the last bits.
 """
 
 from __future__ import annotations
